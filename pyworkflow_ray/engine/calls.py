@@ -1,0 +1,114 @@
+"""What travels between a run's owner and whoever executes its steps: a `StepCall` out, attempts and an `Outcome` back.
+
+Plain data, cheap to pickle. Made by the driver and by `execution`; carried by the runtime, the simulator and tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pyworkflow_ray.engine.events import AttemptFailed, CodeRef, ErrorInfo, Payload
+from pyworkflow_ray.resilience.policy import RetryPolicy
+
+
+@dataclass(slots=True, frozen=True)
+class PreviousFailure:
+    """An earlier failed attempt, as `current_step().previous` shows it."""
+
+    attempt: int
+    kind: str
+    type: str
+    message: str
+    delay: float | None
+
+
+@dataclass(slots=True)
+class StepCall:
+    """One dispatch of one step.
+
+    first_attempt: number of the first attempt that this dispatch makes (from 1).
+    retries_used: failed attempts of this step that count against `max_retries` (lost ones do not).
+    not_before: UNIX time before which no attempt may begin; None: at once.
+    deadline: UNIX time at which the run ends; None: never.
+    """
+
+    run_id: str
+    run_uid: str
+    storage_id: str
+    generation: int
+    workflow: str
+    position: str
+    number: int
+    epoch: int
+    dispatch: int
+    step: str
+    code: CodeRef
+    args: list[Payload]
+    kwargs: dict[str, Payload]
+    policy: RetryPolicy
+    executor: Literal["task", "local"] = "task"
+    ray_options: dict[str, Any] = field(default_factory=dict)
+    breaker: str | None = None
+    breaker_settings: dict[str, Any] | None = None
+    breaker_generation: int = 0
+    first_attempt: int = 1
+    retries_used: int = 0
+    previous: list[PreviousFailure] = field(default_factory=list)
+    not_before: float | None = None
+    deadline: float | None = None
+    trace_id: str = ""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How one dispatch ended.
+
+    completed: `result` holds the value. failed: `error` and `why`. handed_back: the next attempt is due at `retry_at`
+    and the worker is free. cancelled: it was told to stop and did.
+    attempts: attempt records that the owner has not confirmed yet, in order; they are committed with the outcome.
+    """
+
+    position: str
+    dispatch: int
+    status: Literal["completed", "failed", "handed_back", "cancelled"]
+    attempt: int
+    attempts: list[AttemptFailed] = field(default_factory=list)
+    result: Payload | None = None
+    error: ErrorInfo | None = None
+    why: str = ""
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    retry_at: float | None = None
+    breaker: str | None = None
+    breaker_generation: int = 0
+    worker: str = ""
+    node: str = ""
+
+
+class Codec(Protocol):
+    """Encodes values for the log and decodes them: exact round trip, or `PayloadError`. Implemented by storage."""
+
+    def encode(self, value: Any) -> Payload: ...
+
+    def decode(self, payload: Payload) -> Any: ...
+
+    def encode_error(self, error: BaseException, kind: str) -> ErrorInfo: ...
+
+    def decode_error(self, info: ErrorInfo) -> BaseException:
+        """The exception itself, or a `StepFailedError` where it can't be restored."""
+        ...
+
+
+@dataclass(slots=True)
+class StepRequest:
+    """What the body asks for when it calls a step: values, not yet encoded. Made by the public `Step`."""
+
+    step: str
+    code: CodeRef
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    policy: RetryPolicy
+    executor: Literal["task", "local"] = "task"
+    ray_options: dict[str, Any] = field(default_factory=dict)
+    breaker: str | None = None

@@ -1,0 +1,388 @@
+"""The events of a run: what the journal holds, and all that recovery, views, SQL and traces are derived from.
+
+Names are in the past tense. An event never changes once it is durable. `at` is the UNIX time in seconds at which the
+owner of the run recorded it; order is by `seq`, never by time. `position` is the place in the program (task path and
+counter: "3" is the third command of the workflow's main task, "t2.1" the first of its second child task).
+
+Three sorts, which replay tells apart:
+
+* *inputs*, delivered to the body in recorded order: StepCompleted, StepFailed, TimerFired, RunCancelRequested;
+* *commands*, which the body gave and must give again: StepScheduled, StepCancelled, TimerStarted, TimerCancelled, and
+  the body's end (RunCompleted, RunFailed, RunCancelled);
+* *notes*, which the body never sees: all others.
+
+Readers ignore an unknown event type only where the record says `safe: true` (class variable `SAFE`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from pyworkflow_ray.resilience.policy import RetryPolicy
+
+SCHEMA_VERSION = 1
+
+Kind = Literal["transient", "permanent", "cascade", "timeout"]
+
+
+class Payload(BaseModel):
+    """One encoded value. The encoding is this field, set by us, and never a tag inside user data.
+
+    enc: "json" (`data` is the value itself), "model" (a pydantic model or dataclass of class `cls`, `data` its JSON
+        form), "pickle" (`data` is base64 of a pickle made by Python `py`), "custom" (made by a codec hook).
+    ref: SHA-256 of the spilled bytes where the value is too large for the journal; `data` is then None.
+    size: encoded size in bytes.
+    digest: hash of the canonical encoding, None where the encoding is not canonical (pickles).
+    cls: the class of the value, "module:qualname", for "model" and "pickle".
+    preview: a short text of the value for people, None where `data` shows it already or it is redacted.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    enc: str
+    data: Any = None
+    ref: str | None = None
+    size: int = 0
+    digest: str | None = None
+    cls: str | None = None
+    py: str | None = None
+    preview: str | None = None
+
+
+class CodeRef(BaseModel):
+    """Where the code of a flow or step is found.
+
+    how: "import" (`module`, `qualname` lead back to the same object), "registered" (import `module`, then look `name`
+        up among what it registered), "snapshot" (by value: the snapshot `ref` of the storage holds it under `name`),
+        "value" (by value, in `payload`: a step made while the workflow ran).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    how: Literal["import", "registered", "snapshot", "value"]
+    name: str
+    module: str | None = None
+    qualname: str | None = None
+    ref: str | None = None
+    payload: Payload | None = None
+
+
+class CodeEnvironment(BaseModel):
+    """What a process needs to run the code of a run. Anchors, warm pools, wake-ups and recovery are keyed by `key`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    python: str  # "3.11"
+    import_roots: tuple[str, ...] = ()
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    code_version: str | None = None
+
+
+class Frame(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    line: int
+    function: str
+
+
+class ErrorInfo(BaseModel):
+    """A failure, readable without the code that raised it.
+
+    type: class name; module: its module; message: its text (a text of ours where `__str__` raises).
+    where: the user's innermost frame. exception: recipe to rebuild the exception itself, None where it can't be.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Kind
+    type: str
+    module: str = ""
+    message: str = ""
+    traceback: str = ""
+    where: Frame | None = None
+    exception: Payload | None = None
+
+
+class Event(BaseModel):
+    """Base of all events. `seq` is dense from 0 in a run; -1 until the driver has numbered the event."""
+
+    SAFE: ClassVar[bool] = False
+
+    type: str
+    seq: int = -1
+    at: float = 0.0
+
+
+# The run ----------------------------------------------------------------------------------------------------------
+
+
+class RunCreated(Event):
+    """Always seq 0. The run exists once this is durable."""
+
+    type: Literal["run_created"] = "run_created"
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    run_uid: str
+    storage_id: str
+    generation: int = 0
+    workflow: str
+    version: str | None = None
+    code: CodeRef
+    environment: CodeEnvironment
+    args: list[Payload] = Field(default_factory=list)
+    kwargs: dict[str, Payload] = Field(default_factory=dict)
+    attributes: dict[str, Any] = Field(default_factory=dict)
+    max_duration_s: float | None = None
+    max_recoveries: int = 20
+    trace_id: str = ""
+    breakers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+class RunActivated(Event):
+    """A run actor took the run up: the first event of each epoch after its seal (of epoch 0: the second event).
+
+    cause: "start", "recovery" (its owner was lost), "wake" (a parked run is due), "resume", "cancel".
+    charged: whether the lost activation before counts against `max_recoveries`.
+    resets: positions of failed steps that are tried again with fresh attempts ("resume" of a failed run or of a step).
+    """
+
+    type: Literal["run_activated"] = "run_activated"
+    epoch: int
+    cause: Literal["start", "recovery", "wake", "resume", "cancel"] = "start"
+    charged: bool = False
+    lease: str = ""
+    node: str = ""
+    worker: str = ""
+    resets: list[str] = Field(default_factory=list)
+
+
+class RunCancelRequested(Event):
+    """Input: CancelledError is raised in the body. cause "max_duration" ends the run as failed with a timeout."""
+
+    type: Literal["run_cancel_requested"] = "run_cancel_requested"
+    cause: Literal["user", "max_duration"] = "user"
+    reason: str | None = None
+
+
+class RunParked(Event):
+    """Note: the run waits by itself and holds no actor until `due_at`."""
+
+    type: Literal["run_parked"] = "run_parked"
+    due_at: float
+
+
+class RunPaused(Event):
+    """Note: the run waits for a person. `reason` is one of a few words, `message` the whole story with the remedy."""
+
+    type: Literal["run_paused"] = "run_paused"
+    reason: Literal["nondeterminism", "event_limit", "max_recoveries", "environment", "code", "user", "step_exhausted"]
+    message: str
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class RunCompleted(Event):
+    type: Literal["run_completed"] = "run_completed"
+    result: Payload
+
+
+class RunFailed(Event):
+    """`position` is the step whose exception ended the run, None where it was raised by the body itself."""
+
+    type: Literal["run_failed"] = "run_failed"
+    error: ErrorInfo
+    position: str | None = None
+
+
+class RunCancelled(Event):
+    type: Literal["run_cancelled"] = "run_cancelled"
+    reason: str | None = None
+    error: ErrorInfo | None = None  # what the body raised while it was cancelled, if anything
+
+
+# Steps ------------------------------------------------------------------------------------------------------------
+
+
+class StepScheduled(Event):
+    """Command, and the step's first event: name, arguments and the policy that holds until the step ends.
+
+    number: 1 for the first step that the run scheduled, and so on; for people.
+    """
+
+    type: Literal["step_scheduled"] = "step_scheduled"
+    position: str
+    number: int
+    step: str
+    code: CodeRef
+    args: list[Payload] = Field(default_factory=list)
+    kwargs: dict[str, Payload] = Field(default_factory=dict)
+    policy: RetryPolicy = Field(default_factory=RetryPolicy)
+    executor: Literal["task", "local"] = "task"
+    ray_options: dict[str, Any] = Field(default_factory=dict)
+    breaker: str | None = None
+
+
+class StepStarted(Event):
+    """Note: a worker began an attempt (time queued for a worker lies before it). Not waited for."""
+
+    SAFE: ClassVar[bool] = True
+
+    type: Literal["step_started"] = "step_started"
+    position: str
+    dispatch: int
+    attempt: int
+    started_at: float
+    worker: str = ""
+    node: str = ""
+
+
+class AttemptFailed(Event):
+    """Note: an attempt failed and another follows (or the step's end, in the same commit).
+
+    delay_s and delay_reason: the wait chosen before the next attempt and why ("fixed", "backoff", "backoff+jitter",
+        "retry_after", "server retry_after", "none left" ...); None where no attempt follows.
+    retry_at: UNIX time at which the next attempt may begin.
+    breaker: state of the step's breaker when the attempt began.
+    """
+
+    type: Literal["attempt_failed"] = "attempt_failed"
+    position: str
+    dispatch: int
+    attempt: int
+    started_at: float
+    ended_at: float
+    error: ErrorInfo
+    delay_s: float | None = None
+    delay_reason: str | None = None
+    retry_at: float | None = None
+    breaker: str | None = None
+    worker: str = ""
+    node: str = ""
+
+
+class StepHandedBack(Event):
+    """Note: the wait before the next attempt is long, so the worker was given back; the run dispatches at `due_at`."""
+
+    type: Literal["step_handed_back"] = "step_handed_back"
+    position: str
+    dispatch: int
+    due_at: float
+
+
+class StepLost(Event):
+    """Note: the worker of a dispatch was lost; attempts it had begun and not reported are unknown.
+
+    cause: "worker_died", "out_of_memory", "node_lost", "run_actor_lost", "timeout_kill".
+    charged: whether it counts against `max_recoveries`. retry_at: when the step is dispatched again.
+    """
+
+    type: Literal["step_lost"] = "step_lost"
+    position: str
+    dispatch: int
+    attempt: int | None = None
+    cause: str = "worker_died"
+    charged: bool = True
+    retry_at: float | None = None
+    message: str = ""
+
+
+class StepCompleted(Event):
+    """Input."""
+
+    type: Literal["step_completed"] = "step_completed"
+    position: str
+    dispatch: int
+    attempt: int
+    started_at: float
+    ended_at: float
+    result: Payload
+    breaker: str | None = None
+    worker: str = ""
+    node: str = ""
+
+
+class StepFailed(Event):
+    """Input: no attempt follows. why: "permanent", "exhausted", "lost", "refused", "deadline", "code", "no retry"."""
+
+    type: Literal["step_failed"] = "step_failed"
+    position: str
+    dispatch: int
+    attempt: int
+    error: ErrorInfo
+    why: str = "exhausted"
+
+
+class StepCancelled(Event):
+    """Command: the body no longer waits for the step (timeout, TaskGroup, cancel, end of the run); its outcome is dropped."""
+
+    type: Literal["step_cancelled"] = "step_cancelled"
+    position: str
+
+
+# Timers -----------------------------------------------------------------------------------------------------------
+
+
+class TimerStarted(Event):
+    """Command: asyncio.sleep, asyncio.timeout or pw.sleep in the body."""
+
+    type: Literal["timer_started"] = "timer_started"
+    position: str
+    due_at: float
+    delay_s: float
+
+
+class TimerFired(Event):
+    """Input."""
+
+    type: Literal["timer_fired"] = "timer_fired"
+    position: str
+
+
+class TimerCancelled(Event):
+    """Command."""
+
+    type: Literal["timer_cancelled"] = "timer_cancelled"
+    position: str
+
+
+class UnknownEvent(Event):
+    """An event type of a newer version, kept as it is; made only for records that are marked safe to ignore."""
+
+    model_config = ConfigDict(extra="allow")
+
+    SAFE: ClassVar[bool] = True
+
+
+AnyEvent = Annotated[
+    Union[
+        RunCreated,
+        RunActivated,
+        RunCancelRequested,
+        RunParked,
+        RunPaused,
+        RunCompleted,
+        RunFailed,
+        RunCancelled,
+        StepScheduled,
+        StepStarted,
+        AttemptFailed,
+        StepHandedBack,
+        StepLost,
+        StepCompleted,
+        StepFailed,
+        StepCancelled,
+        TimerStarted,
+        TimerFired,
+        TimerCancelled,
+    ],
+    Field(discriminator="type"),
+]
+
+event_adapter: TypeAdapter[Event] = TypeAdapter(AnyEvent)
+
+INPUTS = (StepCompleted, StepFailed, TimerFired, RunCancelRequested)
+COMMANDS = (StepScheduled, StepCancelled, TimerStarted, TimerCancelled, RunCompleted, RunFailed, RunCancelled)
+TERMINAL = (RunCompleted, RunFailed, RunCancelled)

@@ -1,0 +1,1 @@
+"""Retry, taxonomy, breaker table, deadlines: pure. Clocks and randomness are handed in."""
