@@ -1,0 +1,68 @@
+# Everything a contributor runs. `make help` lists the targets with the comments beside them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+SEED ?= 0
+HOURS ?= 1
+
+# Ray starts many Python processes; with bytecode on disk each of them starts twice as fast.
+unexport PYTHONDONTWRITEBYTECODE
+# Our lock files decide what is installed, not the settings of the machine.
+unexport PIP_REQUIRE_VIRTUALENV PIP_CONSTRAINT UV_CONSTRAINT UV_OVERRIDE UV_EXCLUDE_NEWER
+export RAY_USAGE_STATS_ENABLED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo unit test test-all soak sim check bench lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.complete ## make .venv with all that development and tests need (PYTHON=python3.12 for another)
+
+$(VENV)/.complete: requirements/uv.lock requirements/dev.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.lock
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode requirements/dev.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: setup ## a few hundred orders against failing services, killed with SIGKILL on the way: under 90 s
+	$(BIN)/pyworkflow-ray demo
+
+unit: setup ## tests without Ray, half a minute
+	$(PYTEST) tests/unit tests/property tests/cli -m "not ray and not slow"
+
+test: setup ## all tests but the slow ones, with Ray, up to 10 minutes
+	$(PYTEST) tests -m "not slow"
+
+test-all: setup ## all tests, at least 200 real SIGKILLs among them, up to an hour
+	$(PYTEST) tests
+
+sim: setup ## one schedule of the simulator again: make sim SEED=n
+	$(BIN)/python -m pyworkflow_ray.testing.simulate --seed $(SEED)
+
+soak: setup ## schedules and crashes for as long as given: make soak HOURS=8
+	$(BIN)/python -m pyworkflow_ray.testing.simulate --first-seed $(SEED) --hours $(HOURS)
+
+check: setup ## format, lint, types, order of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTEST) -q tests/unit/test_layers.py
+
+bench: $(VENV)/.bench ## throughput, latency, start-up and recovery beside bare Ray: table and JSON
+	$(BIN)/python -m benchmarks.runs
+
+$(VENV)/.bench: $(VENV)/.complete requirements/bench.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r requirements/bench.lock
+	touch $@
+
+lock: setup ## write requirements/*.lock anew from pyproject.toml
+	./requirements/compile
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,23 @@
+"""What all tests share. Ray is started by tests/ray/conftest.py only; nothing here imports it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Worker processes write bytecode too: each Ray process starts twice as fast with it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A storage of the person who runs the tests is none of our business, and neither is their cluster.
+for name in ("PYWORKFLOW_STORAGE", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
+
+# A failure prints its blob (`@reproduce_failure`) and no deadline judges the speed of the machine.
+settings.register_profile("ours", deadline=None, print_blob=True)
+settings.load_profile("ours")
