@@ -1,0 +1,225 @@
+"""Durable workflows on Ray, whose subject is failure: retries, timeouts, circuit breakers, crash recovery.
+
+    import pyworkflow_ray as pw
+
+    @pw.step(max_retries=5, retry_delay="1s", retry_backoff=2)
+    async def charge(order_id: str, amount: int) -> str: ...
+
+    @pw.workflow
+    async def checkout(order_id: str, amount: int) -> str:
+        return await charge(order_id, amount)
+
+    pw.run(checkout, "order-42", 1999)
+
+A run records each step's outcome before it goes on: killed at any moment, it is taken up where it stopped. Importing
+this package starts nothing and loads neither ray nor duckdb; each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that has it.
+_HOMES: dict[str, str] = {
+    "step": "pyworkflow_ray.step",
+    "Step": "pyworkflow_ray.step",
+    "workflow": "pyworkflow_ray.workflow",
+    "Workflow": "pyworkflow_ray.workflow",
+    "resource": "pyworkflow_ray.execution.resource",
+    "classify": "pyworkflow_ray.resilience.taxonomy",
+    "CircuitBreaker": "pyworkflow_ray.breaker",
+    **dict.fromkeys(
+        (
+            "RunHandle",
+            "RunStatus",
+            "as_completed",
+            "get_run",
+            "init",
+            "list_runs",
+            "recover",
+            "resume",
+            "run",
+            "shutdown",
+            "sql",
+            "start",
+            "start_async",
+            "start_many",
+            "wake",
+        ),
+        "pyworkflow_ray.runs",
+    ),
+    **dict.fromkeys(
+        ("current_run", "current_step", "get_logger", "now", "random", "sleep", "uuid4"),
+        "pyworkflow_ray.context",
+    ),
+    **dict.fromkeys(
+        (
+            "CircuitOpenError",
+            "ConfigurationError",
+            "CorruptJournalError",
+            "FatalError",
+            "NonDeterminismError",
+            "PyWorkflowError",
+            "RetryBudgetExhausted",
+            "RetryableError",
+            "RunCancelledError",
+            "RunExistsError",
+            "RunFailedError",
+            "RunNotFoundError",
+            "StepFailedError",
+            "StepLostError",
+            "StepTimeoutError",
+            "StorageError",
+        ),
+        "pyworkflow_ray.errors",
+    ),
+}
+# Names of the public contract that later versions bring.
+_LATER: dict[str, str] = {
+    "BatchResult": "gather the steps: asyncio.gather(..., return_exceptions=True)",
+    "HealthReport": "",
+    "RetryBudget": "limit retries a step with max_retries",
+    "first_success": "try the sources one after another with try/except",
+    "health": "",
+    "on_breaker_open": "",
+    "on_retry": "",
+    "on_run_failed": "",
+    "pause": "",
+    "register_kind": "name the types in a step's retry_on and no_retry_on",
+    "rerun": "start a new run",
+}
+
+__all__ = [
+    "CircuitBreaker",
+    "CircuitOpenError",
+    "ConfigurationError",
+    "CorruptJournalError",
+    "FatalError",
+    "NonDeterminismError",
+    "PyWorkflowError",
+    "RetryBudgetExhausted",
+    "RetryableError",
+    "RunCancelledError",
+    "RunExistsError",
+    "RunFailedError",
+    "RunHandle",
+    "RunNotFoundError",
+    "RunStatus",
+    "Step",
+    "StepFailedError",
+    "StepLostError",
+    "StepTimeoutError",
+    "StorageError",
+    "Workflow",
+    "as_completed",
+    "classify",
+    "current_run",
+    "current_step",
+    "get_logger",
+    "get_run",
+    "init",
+    "list_runs",
+    "now",
+    "random",
+    "recover",
+    "resource",
+    "resume",
+    "run",
+    "shutdown",
+    "sleep",
+    "sql",
+    "start",
+    "start_async",
+    "start_many",
+    "step",
+    "uuid4",
+    "wake",
+    "workflow",
+]
+
+if TYPE_CHECKING:
+    from pyworkflow_ray.breaker import CircuitBreaker
+    from pyworkflow_ray.context import current_run, current_step, get_logger, now, random, sleep, uuid4
+    from pyworkflow_ray.errors import (
+        CircuitOpenError,
+        ConfigurationError,
+        CorruptJournalError,
+        FatalError,
+        NonDeterminismError,
+        PyWorkflowError,
+        RetryableError,
+        RetryBudgetExhausted,
+        RunCancelledError,
+        RunExistsError,
+        RunFailedError,
+        RunNotFoundError,
+        StepFailedError,
+        StepLostError,
+        StepTimeoutError,
+        StorageError,
+    )
+    from pyworkflow_ray.execution.resource import resource
+    from pyworkflow_ray.resilience.taxonomy import classify
+    from pyworkflow_ray.runs import (
+        RunHandle,
+        RunStatus,
+        as_completed,
+        get_run,
+        init,
+        list_runs,
+        recover,
+        resume,
+        run,
+        shutdown,
+        sql,
+        start,
+        start_async,
+        start_many,
+        wake,
+    )
+    from pyworkflow_ray.step import Step, step
+    from pyworkflow_ray.workflow import Workflow, workflow
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is not None:
+        value = getattr(importlib.import_module(home), name)
+        globals()[name] = value
+        return value
+    if name in _LATER:
+        from pyworkflow_ray.errors import ConfigurationError
+
+        instead = f"; meanwhile {_LATER[name]}" if _LATER[name] else ""
+        raise ConfigurationError(f"pyworkflow_ray.{name} is not available in this version{instead}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_nearest(name)}")
+
+
+def _nearest(name: str) -> str:
+    if name.startswith("_"):
+        return ""
+    import difflib
+
+    matches = difflib.get_close_matches(name, __all__, 1, 0.7)
+    return f". Did you mean {matches[0]!r}?" if matches else ""
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """This package: where a public name is also a submodule's (step, workflow), the name means the public object."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # the import system binds each submodule to its package once it is loaded
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

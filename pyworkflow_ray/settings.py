@@ -1,0 +1,104 @@
+"""Settings of a process: arguments of `pw.init`, else the environment (`PYWORKFLOW_*`), else the defaults.
+
+Imported by `pw.init` only, inside the function: pydantic-settings is slow to import. Fault: an environment variable
+that can't be read as its setting; the error names the variable.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pyworkflow_ray.durations import parse_duration
+from pyworkflow_ray.errors import ConfigurationError
+from pyworkflow_ray.execution.options import nearest, shown
+
+PREFIX = "PYWORKFLOW_"
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+
+
+class Settings(BaseSettings):
+    """Effective settings. `sources` tells where each came from: "argument", the variable's name, or "default"."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    storage: Path = Field(default=Path("~/.pyworkflow-ray"), description="Directory that holds runs and checkpoints")
+    log_level: LogLevel = Field(default="INFO", description="Level of our own log lines")
+    allow_pickle: bool = Field(default=True, description="False refuses pickled values, on write and on read")
+    pool_min: int = Field(default=1, ge=0, le=10_000, description="Warm run actors kept when nothing runs")
+    pool_max: int | None = Field(default=None, ge=1, le=10_000, description="Most run actors; None: by the CPUs")
+    worker_wait_max: float = Field(
+        default=1.0, ge=0, description="Longest wait that a worker sleeps itself, in seconds"
+    )
+
+    @field_validator("storage", mode="after")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return Path(os.path.abspath(value.expanduser()))
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("worker_wait_max", mode="before")
+    @classmethod
+    def _seconds(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                return float(value)  # an environment variable is always text
+            except ValueError:
+                pass
+        return parse_duration(value)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Settings:
+        if self.pool_max is not None and self.pool_max < self.pool_min:
+            raise ValueError(f"pool_max={self.pool_max} is below pool_min={self.pool_min}")
+        return self
+
+
+def load_settings(**given: Any) -> Settings:
+    """The effective settings; `None` for a setting leaves it to the environment.
+
+    Raises:
+        ConfigurationError: a setting is unknown (the nearest name is given) or its value not allowed.
+    """
+    known = tuple(Settings.model_fields)
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigurationError(
+                f"unknown setting {name}={shown(value)}.{nearest(name, known)} Settings: {', '.join(known)}"
+            )
+    arguments = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Settings(**arguments)
+    except ValidationError as error:
+        raise ConfigurationError("; ".join(_line(item, arguments) for item in error.errors())) from None
+    except TypeError as error:
+        raise ConfigurationError(f"settings: {error}") from None
+
+
+def setting_sources(**given: Any) -> dict[str, str]:
+    """Where each effective setting comes from: "argument", the environment variable, or "default"."""
+    environment = {name.upper() for name, value in os.environ.items() if value}
+    sources = {}
+    for name in Settings.model_fields:
+        variable = f"{PREFIX}{name.upper()}"
+        sources[name] = (
+            "argument" if given.get(name) is not None else variable if variable in environment else "default"
+        )
+    return sources
+
+
+def _line(item: Any, arguments: dict[str, Any]) -> str:
+    name = str(item["loc"][0]) if item["loc"] else "settings"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not item["loc"]:
+        return message
+    shown_as = name if name in arguments else f"{PREFIX}{name.upper()}"
+    return f"{shown_as}={shown(item['input'])} is not allowed: {message}"

@@ -1,0 +1,215 @@
+"""`@step`: a function whose calls are durable inside a workflow, and ordinary, with the same retries, elsewhere.
+
+Called by users. Inside a workflow it calls the engine (`engine.loop.current_workflow`), elsewhere `execution.plain`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
+
+from pyworkflow_ray.errors import ConfigurationError
+from pyworkflow_ray.execution.definitions import DefinitionError, StepDefinition
+from pyworkflow_ray.execution.options import check_step_options
+
+if TYPE_CHECKING:
+    from pyworkflow_ray.durations import Duration
+    from pyworkflow_ray.resilience.policy import Jitter
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Step(Generic[P, R]):
+    """A step. Made by `@step`; `.options()` gives a changed copy, `.fn` the bare function.
+
+    Calling it inside a workflow gives a coroutine whose result is the function's, whether that is `def` or `async
+    def`: the type says so. Elsewhere a call is that of the function itself (so a `def` step gives its value, not a
+    coroutine) with retries, timeout and breaker; inside another step it runs as part of that step. For a plain call
+    that type checkers understand use `.fn`.
+    """
+
+    definition: StepDefinition
+    fn: Callable[P, Any]
+    __wrapped__: Callable[P, Any]
+    __name__: str
+    __qualname__: str
+
+    def __init__(self, definition: StepDefinition) -> None:
+        self.definition = definition
+        self.fn = definition.fn
+        functools.update_wrapper(self, definition.fn, updated=())
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+        """Run the step.
+
+        Raises:
+            TypeError: the arguments do not fit the signature.
+            pydantic.ValidationError: an argument does not fit its annotation; inside a workflow when awaited.
+        """
+        from pyworkflow_ray.engine.loop import current_workflow
+
+        engine = current_workflow()
+        if engine is not None:
+            return self._call_durably(engine, args, kwargs)
+        from pyworkflow_ray.execution.plain import call_plain
+
+        given, named = self.definition.validate(args, kwargs)
+        return cast("Coroutine[Any, Any, R]", call_plain(self.definition, given, named))
+
+    async def _call_durably(self, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        # The arguments are checked when the call is awaited, so that a wrong one in `gather(a(1), b("x"))` neither
+        # leaves the calls before it unawaited nor is raised outside the task it belongs to.
+        from pyworkflow_ray.engine.calls import StepRequest
+        from pyworkflow_ray.execution.code import describe_step
+
+        definition = self.definition
+        given, named = definition.validate(args, kwargs)
+        request = StepRequest(
+            step=definition.name,
+            code=describe_step(definition),
+            args=given,
+            kwargs=named,
+            policy=definition.policy,
+            executor=definition.executor,
+            ray_options=dict(definition.ray_options),
+            breaker=definition.breaker_name,
+        )
+        return cast(R, await engine.call_step(request))
+
+    def options(self, **options: Any) -> Step[P, R]:
+        """A copy with these options changed, all options of `@step` among them; the original stays as it is.
+
+        Raises:
+            ConfigurationError: as `@step`.
+        """
+        return Step(self.definition.changed(options))
+
+    def map(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not available in this version."""
+        raise ConfigurationError(
+            f"{self.definition.name}.map is not available in this version; use "
+            f"asyncio.gather(*({self.__name__}(x) for x in items), return_exceptions=True)"
+        )
+
+    def remote(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: a step is no Ray function."""
+        raise DefinitionError(
+            f"step {self.definition.name} has no .remote(): call it plainly, {self.__name__}(...), in a workflow, "
+            "and start the workflow with pw.start(flow, ...)"
+        )
+
+    def __repr__(self) -> str:
+        return f"<step {self.definition.name}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # by way of its state, not of constructor arguments: a step may reach itself through its function's globals
+        return (_blank, (), {"definition": self.definition})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.definition = state["definition"]
+        fn = getattr(self.definition, "fn", None)  # None inside a cycle: the definition is then still being made
+        if fn is not None:
+            self.__init__(self.definition)  # type: ignore[misc]
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # only what a cycle in a pickle left out: see __setstate__
+            definition = self.__dict__.get("definition")
+            if (
+                name in ("fn", "__wrapped__", "__name__", "__qualname__")
+                and definition is not None
+                and "fn" in definition.__dict__
+            ):
+                self.__init__(definition)
+                return self.__dict__[name]
+            raise AttributeError(f"step {definition.name if definition is not None else '?'} has no attribute {name!r}")
+
+
+def _blank() -> Step[Any, Any]:
+    return Step.__new__(Step)
+
+
+class StepDecorator(Protocol):
+    """What `step(...)` with options returns."""
+
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Step[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> Step[P, R]: ...
+
+
+@overload
+def step(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Step[P, R]: ...
+@overload
+def step(fn: Callable[P, R], /) -> Step[P, R]: ...
+@overload
+def step(
+    *,
+    name: str | None = None,
+    max_retries: int | None = 0,
+    retry_delay: Duration = 1,
+    retry_backoff: float = 1,
+    max_retry_delay: Duration | None = None,
+    jitter: Jitter = "auto",
+    retry_on: type[BaseException] | Sequence[type[BaseException]] | Callable[[BaseException], bool] | None = None,
+    no_retry_on: type[BaseException] | Sequence[type[BaseException]] | Callable[[BaseException], bool] = (),
+    timeout: Duration | None = None,
+    breaker: Any = None,
+    idempotent: bool = True,
+    max_recoveries: int = 3,
+    executor: Literal["task", "local"] = "task",
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    memory: float | None = None,
+    resources: Mapping[str, float] | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+    scheduling_strategy: Any = None,
+    ray_remote_args: Mapping[str, Any] | None = None,
+    total_timeout: None = None,
+    on_exhausted: Literal["raise"] = "raise",
+    on_open: Literal["raise"] = "raise",
+    retry_budget: None = None,
+) -> StepDecorator: ...
+
+
+def step(fn: Any = None, /, **options: Any) -> Any:
+    """Make a function (`def` or `async def`) a step; bare or called with options.
+
+    With the defaults a step is tried once, has no timeout, and runs as a Ray task with one CPU. A failed attempt is
+    tried again after `retry_delay * retry_backoff**(n - 1)` seconds, capped at `max_retry_delay`, then jittered.
+
+    Args:
+        name: Name in runs and logs; None: `module:qualname`. A name given by two modules is refused.
+        max_retries: Retries after the first attempt, ≥ 0 (default 0); 5 means up to 6 attempts, None for ever.
+        retry_delay: Wait before the first retry, ≥ 0 (default 1 s): seconds, timedelta, or text such as "30s".
+        retry_backoff: Factor for each further retry, ≥ 1 (default 1: a fixed delay).
+        max_retry_delay: Cap on one delay; None: an hour where `retry_backoff` > 1.
+        jitter: "auto" (none where the delay is fixed, else ±12.5 %), "none", "proportional", "full", "equal",
+            "decorrelated".
+        retry_on: Exception types, or a predicate of the exception, that decide what is retried; None: the taxonomy of
+            `pw.classify`.
+        no_retry_on: Exception types, or a predicate, that are never retried; wins over `retry_on`.
+        timeout: Limit of one attempt, > 0; None: none. Not on a `def` step with `executor="local"`.
+        breaker: A `CircuitBreaker` or its name.
+        idempotent: False: an attempt whose outcome is unknown is never repeated; the workflow gets `StepLostError`.
+        max_recoveries: Executions again after a lost worker, node, or out of memory, ≥ 0 (default 3).
+        executor: "task": a Ray task; "local": inside the run's actor, for tiny steps.
+        num_cpus: CPUs of the task; None: 1. `num_gpus`, `memory` (bytes), `resources`, `runtime_env`,
+            `scheduling_strategy` and, by Ray's own names, `ray_remote_args` are handed to Ray as they are.
+
+    Raises:
+        ConfigurationError: an option is unknown, out of range, or not available in this version.
+    """
+    if fn is not None:
+        if options:
+            raise DefinitionError("@step takes either a function or options: write @step(...) above the function")
+        return Step(StepDefinition(fn, check_step_options({})))
+    checked = check_step_options(options)
+
+    def decorate(fn: Callable[..., Any], /) -> Step[Any, Any]:
+        return Step(StepDefinition(fn, checked))
+
+    return decorate
