@@ -30,7 +30,7 @@ LEVELS: list[set[str]] = [
     {"storage", "observability"},
     {"engine"},
     {"resilience"},
-    {"errors", "durations", "ids"},
+    {"errors", "durations", "failpoints", "ids"},
 ]
 ROOM_LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
