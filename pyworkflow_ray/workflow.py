@@ -96,8 +96,8 @@ class Workflow(Generic[P, R]):
     def remote(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: a workflow is no Ray function."""
         raise DefinitionError(
-            f"workflow {self.definition.name} has no .remote(): use pw.start({self.__name__}, ...), which returns a handle, "
-            f"or pw.run({self.__name__}, ...)"
+            f"workflow {self.definition.name} has no .remote(): use pw.start({self.__name__}, ...) for a handle, "
+            f"or pw.run({self.__name__}, ...) for its result"
         )
 
     def __repr__(self) -> str:

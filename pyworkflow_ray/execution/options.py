@@ -304,7 +304,8 @@ def _breaker(check: _Checker) -> Any:
         if not value.strip():
             check.refuse("breaker", "a CircuitBreaker or its name")
         return value
-    if isinstance(value, type) or not (hasattr(value, "name") and hasattr(value, "call")):
+    # asked of the class: a breaker without a name says so at its first use, not here
+    if not (hasattr(type(value), "name") and hasattr(type(value), "call")):
         check.refuse("breaker", "a CircuitBreaker or its name")
     return value
 
