@@ -1,0 +1,289 @@
+"""The codec of the storage: values and errors to what the journal holds, and back. Implements `engine.calls.Codec`.
+
+Called by the driver, by `execution` in the workers, and by handles; calls payload, pickling, exceptions, and the blob
+store for what is too large for the journal. Loads neither duckdb nor pyarrow, and cloudpickle only at the first pickle.
+
+Every value comes back exactly as it was, or encoding it raises `PayloadError`. Decoding makes a new object each time:
+nobody can change what the history holds. The encoding is a field of the record and never a tag inside user data, so no
+code runs because of what a dict contains.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from typing import Any, Protocol
+
+from pydantic_core import from_json, to_json
+
+from pyworkflow_ray.engine.events import ErrorInfo, Kind, Payload
+from pyworkflow_ray.errors import PayloadError, StepFailedError
+from pyworkflow_ray.storage import exceptions, failure_text, pickling
+from pyworkflow_ray.storage.payload import (
+    PYTHON,
+    Encoded,
+    NotJson,
+    TooLarge,
+    canonical,
+    clean_text,
+    copy_json,
+    decode_model,
+    digest_of,
+    encode_json,
+    encode_model,
+    is_model,
+    preview,
+)
+
+SPILL_BYTES = 64 * 1024  # larger values go to files of their own: a commit of the journal stays small
+MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
+_SHORT_TEXT = 4096
+
+
+class BlobStore(Protocol):
+    """Content-addressed bytes. Implemented by Storage, and by testing's MemoryBlobs."""
+
+    def put_blob(self, data: bytes) -> str: ...
+
+    def get_blob(self, sha: str) -> bytes: ...
+
+
+class CodecHook(Protocol):
+    """The seam for encryption and redaction. Every payload and every text of an error passes through it.
+
+    `protect` is given the whole encoded value and its result alone is stored; `reveal` undoes it exactly. `redact`
+    gives what of an error's message or traceback may be stored in clear (those are read without the key). `digest_key`
+    keys the digests by which replay compares arguments; None stores none, so that equal values aren't recognised.
+    """
+
+    digest_key: bytes | None
+
+    def protect(self, data: bytes) -> bytes: ...
+
+    def reveal(self, data: bytes) -> bytes: ...
+
+    def redact(self, text: str) -> str: ...
+
+
+class StorageCodec:
+    """Encodes values for the log and decodes them.
+
+    Args:
+        blobs: Where payloads above 64 KiB go: a Storage, or any `BlobStore`.
+        allow_pickle: False refuses pickles on write and on read. Default True. Who can write the storage can then run
+            code as whoever reads it.
+        max_payload_bytes: Largest encoded value; default 64 MiB. Larger ones raise `PayloadError` without being built.
+        hook: Encrypts or redacts; default none.
+    """
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        *,
+        allow_pickle: bool = True,
+        max_payload_bytes: int = MAX_PAYLOAD_BYTES,
+        hook: CodecHook | None = None,
+    ) -> None:
+        self._blobs = blobs
+        self._hook = hook
+        self.allow_pickle = allow_pickle
+        self.max_payload_bytes = max_payload_bytes
+
+    # Values ---------------------------------------------------------------------------------------------------
+
+    def encode(self, value: Any) -> Payload:
+        """The stored form of `value`; exceptions are values too.
+
+        Raises:
+            PayloadError: no encoding keeps it exactly, it is too large, or it needs a pickle and those are off.
+        """
+        cls = type(value)
+        if self._hook is None and (
+            value is None
+            or cls is bool
+            or (cls is int and -(2**63) <= value < 2**63)
+            or (cls is str and len(value) <= _SHORT_TEXT and value.isascii())
+        ):
+            text = canonical(value)
+            return Payload(enc="json", data=value, size=len(text), digest=digest_of(text))
+        try:
+            return self._store(self._encode(value), value)
+        except TooLarge:
+            raise PayloadError(
+                f"a {pickling.type_name(value)} is too large to be stored: more than the limit of "
+                f"{self.max_payload_bytes:,} bytes for one value. Store it elsewhere and pass its name"
+            ) from None
+
+    def _encode(self, value: Any) -> Encoded:
+        limit = self.max_payload_bytes
+        if isinstance(value, (str, bytes, bytearray)) and len(value) > limit:
+            raise TooLarge
+        try:
+            return encode_json(value, limit)
+        except NotJson as not_json:
+            reason = str(not_json)
+        if isinstance(value, BaseException):
+            recipe = exceptions.take_apart(value, self.allow_pickle)
+            if recipe is not None:
+                return self._encode_recipe(recipe)
+        elif is_model(value):
+            encoded = encode_model(value, limit)
+            if encoded is not None:
+                return encoded
+        if not self.allow_pickle:
+            raise PayloadError(
+                f"a {pickling.type_name(value)} can't be stored: it has no exact JSON form ({reason}), and pickles are "
+                "switched off (allow_pickle=False). Pass JSON types, an importable pydantic model or a dataclass"
+            )
+        return Encoded("pickle", pickling.dump_checked(value, limit), None, pickling.type_name(value), None)
+
+    def _encode_recipe(self, recipe: exceptions.Recipe) -> Encoded:
+        text = to_json(recipe)
+        if len(text) > self.max_payload_bytes:
+            raise TooLarge
+        return Encoded("exception", text, recipe, None, None)
+
+    def _store(self, encoded: Encoded, value: Any) -> Payload:
+        enc, text, data, cls, digest = encoded
+        pickled = enc == "pickle" or (enc == "exception" and exceptions.holds_pickle(data))
+        py = PYTHON if pickled else None
+        if self._hook is not None:
+            return self._protect(self._hook, encoded, py)
+        ref = None
+        shown = preview(value) if enc == "pickle" else None
+        if len(text) > SPILL_BYTES:
+            ref, data = self._blobs.put_blob(text), None
+            shown = preview(value) if enc != "exception" else None
+        elif enc == "pickle":
+            data = base64.b64encode(text).decode()
+        return Payload(enc=enc, data=data, ref=ref, size=len(text), digest=digest, cls=cls, py=py, preview=shown)
+
+    def _protect(self, hook: CodecHook, encoded: Encoded, py: str | None) -> Payload:
+        head = to_json([encoded.enc, encoded.cls, py])
+        text = hook.protect(len(head).to_bytes(4, "big") + head + encoded.text)
+        digest = None
+        if encoded.digest is not None and hook.digest_key is not None:
+            digest = hashlib.blake2b(encoded.digest.encode(), key=hook.digest_key[:64], digest_size=16).hexdigest()
+        if len(text) > SPILL_BYTES:
+            return Payload(enc="custom", ref=self._blobs.put_blob(text), size=len(text), digest=digest)
+        return Payload(enc="custom", data=base64.b64encode(text).decode(), size=len(text), digest=digest)
+
+    def decode(self, payload: Payload) -> Any:
+        """The value of `payload`, a new object each time.
+
+        Raises:
+            PayloadError: a pickle where those are switched off or of another Python, a class that can't be imported, or
+                a payload that is damaged.
+            StorageError: its bytes are missing in the storage.
+        """
+        enc, data = payload.enc, payload.data
+        if payload.ref is None:
+            if enc == "json":
+                return copy_json(data)
+            if enc == "model" and payload.cls is not None:
+                return decode_model(to_json(data), payload.cls)
+            if enc == "exception":
+                return self._rebuild(data, payload.py)
+            text = _from_base64(data)
+        else:
+            text = self._fetch(payload.ref, payload.size)
+        if enc == "custom":
+            return self._reveal(text)
+        return self._decode_text(enc, text, payload.cls, payload.py)
+
+    def _decode_text(self, enc: str, text: bytes, cls: str | None, py: str | None) -> Any:
+        if enc == "json":
+            return from_json(text, allow_inf_nan=False)
+        if enc == "model" and cls is not None:
+            return decode_model(text, cls)
+        if enc == "exception":
+            return self._rebuild(from_json(text), py)
+        if enc == "pickle":
+            self._check_pickle(cls or "value", py)
+            return pickling.load(text)
+        raise PayloadError(f"a stored value has the encoding {enc!r}, which this version does not know: upgrade")
+
+    def _rebuild(self, recipe: exceptions.Recipe, py: str | None) -> BaseException:
+        if exceptions.holds_pickle(recipe):
+            self._check_pickle("exception", py)
+        return exceptions.rebuild(recipe, self.allow_pickle)
+
+    def _check_pickle(self, what: str, py: str | None) -> None:
+        if not self.allow_pickle:
+            raise PayloadError(
+                f"a stored {what} is a pickle, and pickles are switched off (allow_pickle=False): nothing was loaded"
+            )
+        if py != PYTHON:
+            raise PayloadError(
+                f"a stored {what} was pickled by Python {py}, and this is Python {PYTHON}: pickles are only read by "
+                f"the minor version that wrote them. Go on with Python {py}, or pass JSON types, models or dataclasses"
+            )
+
+    def _reveal(self, text: bytes) -> Any:
+        if self._hook is None:
+            raise PayloadError("a stored value was written through a codec hook (encryption), and none is set here")
+        try:
+            inner = self._hook.reveal(text)
+            size = int.from_bytes(inner[:4], "big")
+            enc, cls, py = from_json(inner[4 : 4 + size])
+        except Exception as error:
+            raise PayloadError(
+                f"the codec hook could not reveal a stored value ({type(error).__name__}: {error}): is the key right?"
+            ) from error
+        return self._decode_text(enc, inner[4 + size :], cls, py)
+
+    def _fetch(self, ref: str, size: int) -> bytes:
+        text = self._blobs.get_blob(ref)
+        if len(text) != size or hashlib.sha256(text).hexdigest() != ref:
+            raise PayloadError(f"the payload file {ref} is damaged: its content does not have the SHA-256 of its name")
+        return text
+
+    # Errors ---------------------------------------------------------------------------------------------------
+
+    def encode_error(self, error: BaseException, kind: Kind) -> ErrorInfo:
+        """`error` as the log holds it: texts for people, and the recipe to rebuild it, None where there is none.
+
+        Never raises because of what `error` is or holds.
+        """
+        message, trace = failure_text.message_of(error), failure_text.traceback_of(error)
+        exception: Payload | None = None
+        try:
+            recipe = exceptions.take_apart(error, self.allow_pickle)
+            if recipe is not None:
+                exception = self._store(self._encode_recipe(recipe), error)
+        except (PayloadError, TooLarge):
+            pass
+        if self._hook is not None:
+            message, trace = self._hook.redact(message), self._hook.redact(trace)
+        cls = type(error)
+        return ErrorInfo(
+            kind=kind,
+            type=clean_text(cls.__name__, 200),
+            module=clean_text(str(cls.__module__), 200),
+            message=message,
+            traceback=trace,
+            where=failure_text.where_of(error),
+            exception=exception,
+        )
+
+    def decode_error(self, info: ErrorInfo) -> BaseException:
+        """The exception itself, or where it can't be restored a `StepFailedError` that has its texts."""
+        reason = "it has no storable form"
+        if info.exception is not None:
+            try:
+                found = self.decode(info.exception)
+                if isinstance(found, BaseException):
+                    return found
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+        name = info.type if info.module in ("", "builtins") else f"{info.module}.{info.type}"
+        failed = StepFailedError(info.message, type=name, traceback_text=info.traceback)
+        failed.add_note(f"pyworkflow-ray: the original exception could not be restored: {reason}")
+        return failed
+
+
+def _from_base64(data: Any) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except Exception as error:
+        raise PayloadError(f"a stored value is damaged: its pickle is no base64 text ({error})") from error
