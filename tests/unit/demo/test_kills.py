@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+from pyworkflow_ray.demo.kills import choose, strike
+from pyworkflow_ray.engine.events import (
+    CodeRef,
+    Event,
+    Payload,
+    RunActivated,
+    RunCompleted,
+    RunParked,
+    StepCompleted,
+    StepLost,
+    StepScheduled,
+    StepStarted,
+)
+
+NONE = Payload(enc="json")
+
+
+def scheduled(position: str) -> StepScheduled:
+    return StepScheduled(position=position, number=1, step="charge", code=CodeRef(how="import", name="charge"))
+
+
+def started(position: str, pid: int, at: float) -> StepStarted:
+    return StepStarted(position=position, dispatch=1, attempt=1, started_at=at, worker=f"{pid}@n")
+
+
+def completed(position: str) -> StepCompleted:
+    return StepCompleted(position=position, dispatch=1, attempt=1, started_at=0, ended_at=0, result=NONE)
+
+
+def activated(pid: int) -> RunActivated:
+    return RunActivated(epoch=0, worker=f"{pid}@n")
+
+
+BUSY: list[Event] = [activated(10), scheduled("1"), started("1", 20, at=5), completed("1"), scheduled("2")]
+
+
+def test_the_owner_of_a_run_with_a_step_under_way_is_chosen() -> None:
+    assert choose("run actor", [BUSY]) == 10
+
+
+def test_nobody_is_chosen_where_nothing_is_under_way() -> None:
+    ended = [*BUSY, completed("2"), RunCompleted(result=NONE)]
+    parked = [*BUSY, RunParked(due_at=9)]
+    idle = [activated(10), scheduled("1"), completed("1")]
+    for role in ("run actor", "step worker"):
+        assert choose(role, [ended, parked, idle, []]) is None  # type: ignore[arg-type]
+
+
+def test_the_worker_of_the_step_that_began_last_is_chosen() -> None:
+    one: list[Event] = [activated(10), scheduled("1"), started("1", 20, at=5)]
+    other: list[Event] = [activated(11), scheduled("1"), started("1", 21, at=6)]
+    assert choose("step worker", [other, one]) == 21
+    assert choose("step worker", [other, one], spared=frozenset({21})) == 20
+
+
+def test_a_worker_that_has_ended_its_step_or_was_lost_is_no_victim() -> None:
+    lost: list[Event] = [activated(10), scheduled("1"), started("1", 20, at=5), StepLost(position="1", dispatch=1)]
+    assert choose("step worker", [BUSY, lost]) is None
+
+
+def test_a_local_step_runs_in_the_run_actor_which_is_no_step_worker() -> None:
+    assert choose("step worker", [[activated(10), scheduled("1"), started("1", 10, at=5)]]) is None
+
+
+def _process(title: str) -> Any:
+    return subprocess.Popen([title, "60"], executable="/bin/sleep")
+
+
+def test_a_worker_of_ray_is_killed_and_seen_to_end() -> None:
+    with _process("ray::run_step") as process:
+        kill = strike("step worker", process.pid)
+        assert kill.gone
+        assert process.wait(timeout=10) == -9
+
+
+def test_a_process_that_is_no_worker_of_ray_is_left_alone() -> None:
+    with _process("sleep") as process:
+        try:
+            assert not strike("step worker", process.pid).gone
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
+def test_a_process_that_is_gone_already_is_no_kill() -> None:
+    with _process("ray::run_step") as process:
+        process.kill()
+    assert not strike("step worker", process.pid).gone
