@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pyworkflow_ray.engine.events import AttemptFailed, CodeRef, ErrorInfo, Payload
+from pyworkflow_ray.engine.events import AttemptFailed, CodeRef, ErrorInfo, Kind, Payload
 from pyworkflow_ray.resilience.policy import RetryPolicy
 
 
@@ -93,7 +93,7 @@ class Codec(Protocol):
 
     def decode(self, payload: Payload) -> Any: ...
 
-    def encode_error(self, error: BaseException, kind: str) -> ErrorInfo: ...
+    def encode_error(self, error: BaseException, kind: Kind) -> ErrorInfo: ...
 
     def decode_error(self, info: ErrorInfo) -> BaseException:
         """The exception itself, or a `StepFailedError` where it can't be restored."""

@@ -239,6 +239,17 @@ class StepStarted(Event):
     node: str = ""
 
 
+class StepDispatched(Event):
+    """Note: a step was dispatched again, after a hand-back or a loss. Its first dispatch needs no event: it follows
+    from `step_scheduled`. Durable before the dispatch, so that recovery knows that an attempt may have begun."""
+
+    SAFE: ClassVar[bool] = True
+
+    type: Literal["step_dispatched"] = "step_dispatched"
+    position: str
+    dispatch: int
+
+
 class AttemptFailed(Event):
     """Note: an attempt failed and another follows (or the step's end, in the same commit).
 
@@ -316,7 +327,10 @@ class StepFailed(Event):
 
 
 class StepCancelled(Event):
-    """Command: the body no longer waits for the step (timeout, TaskGroup, cancel, end of the run); its outcome is dropped."""
+    """Command: the body no longer waits for the step (timeout, TaskGroup, cancel, end of the run).
+
+    Its outcome, should one come, is dropped.
+    """
 
     type: Literal["step_cancelled"] = "step_cancelled"
     position: str
@@ -368,6 +382,7 @@ AnyEvent = Annotated[
         RunCancelled,
         StepScheduled,
         StepStarted,
+        StepDispatched,
         AttemptFailed,
         StepHandedBack,
         StepLost,

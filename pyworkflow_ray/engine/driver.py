@@ -1,0 +1,530 @@
+"""The driver of one run: record, then act. The same for production, tests and the simulator.
+
+Pure: inputs are method calls that carry the time, effects are collected and drained by the shell (run actor, simulator,
+test environment). Rules:
+
+* A completion may be delivered to the body before it is durable; the commands that follow are appended with it, and
+  are dispatched or acknowledged only when they are durable.
+* A step that was dispatched has all earlier completions durable before it.
+* Notes that nobody waits for (a started attempt) ride with the next append, or alone after `flush_after_s`.
+* An outcome of a dispatch that is not the step's current one is dropped: a zombie changes nothing.
+* The run parks when nothing is executed and the next thing is due later than `park_after_s`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from pyworkflow_ray.engine.calls import Codec, Outcome, StepCall
+from pyworkflow_ray.engine.commands import Append, CancelDispatch, Dispatch, Effect, Finish, Limits, Park, Pause
+from pyworkflow_ray.engine.events import (
+    TERMINAL,
+    AttemptFailed,
+    Event,
+    RunActivated,
+    RunCancelled,
+    RunCancelRequested,
+    RunParked,
+    RunPaused,
+    StepCancelled,
+    StepCompleted,
+    StepDispatched,
+    StepFailed,
+    StepHandedBack,
+    StepLost,
+    StepScheduled,
+    StepStarted,
+    TimerFired,
+)
+from pyworkflow_ray.engine.history import History, StepState
+from pyworkflow_ray.engine.machine import Flow, Machine
+from pyworkflow_ray.errors import NonDeterminismError, StepLostError, StepTimeoutError
+from pyworkflow_ray.resilience.retry import Retry, Stop, decide
+
+_RECOVERY_DELAY_S = 0.1  # before the first re-execution of a lost step; doubled for each further one
+_RECOVERY_DELAY_MAX_S = 5.0
+
+
+class Driver:
+    """Drives one activation of one run. See the module for its rules and `commands` for its effects.
+
+    Args:
+        flow: The bare `async def` of the workflow.
+        codec: Encodes and decodes values and errors.
+        limits: See `Limits`.
+        rng: Jitter of recoveries.
+        log: Called with one line for a person, for what deserves a warning.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        codec: Codec,
+        *,
+        limits: Limits | None = None,
+        rng: random.Random,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        self._flow = flow
+        self._codec = codec
+        self._limits = limits or Limits()
+        self._rng = rng
+        self._log = log or (lambda line: None)
+        self._history = History()
+        self._machine: Machine | None = None
+        self._effects: list[Effect] = []
+        self._gated: deque[tuple[int, Effect]] = deque()  # effects that wait for a seq to be durable
+        self._pending: list[Event] = []  # numbered, to be appended by this input
+        self._lazy: list[Event] = []  # not numbered yet, ride with the next append
+        self._flush_at: float | None = None
+        self._durable = -1
+        self._cancel_deadline: float | None = None
+        self._generations: dict[str, int] = {}
+        self._warned = False
+        self._over = False  # parked, paused, finished or evicted
+        self._now = 0.0  # of the input that is being handled
+
+    # Inputs --------------------------------------------------------------------------------------------------
+
+    def activate(self, history: list[Event], activation: RunActivated, now: float) -> None:
+        """Take the run up: replay `history` (all accepted events, `run_created` first), go on from its end."""
+        self._now = now
+        self._history = History.of(history)
+        self._durable = self._history.next_seq - 1
+        created = self._history.created
+        if created is None:
+            raise ValueError("a history begins with run_created")
+        before = self._history
+        handed_back = {p for p, s in before.steps.items() if s.ended is None and s.waiting}
+        self._note(activation.model_copy(update={"at": now}))
+        if before.lost_activations > created.max_recoveries:
+            return self._pause(
+                "max_recoveries",
+                f"run {created.run_id!r} is paused: {before.lost_activations} activations were lost without a step "
+                f"completed in between (max_recoveries={created.max_recoveries}). "
+                f"Find what kills it, then: pyworkflow-ray runs resume {created.run_id}",
+                now,
+            )
+        self._machine = Machine(self._flow, created, self._codec)
+        try:
+            fresh = self._machine.replay(before.script, before.first_activated_at or now)
+        except NonDeterminismError as error:
+            self._machine.evict()
+            details = {name: getattr(error, name) for name in ("position", "recorded", "attempted", "remedy")}
+            return self._pause("nondeterminism", str(error), now, details)
+        if before.cancel is not None:
+            self._cancel_deadline = now + self._limits.cancel_grace_s
+        taken_up = [(p, s) for p, s in before.steps.items() if s.ended is None]
+        self._commands(fresh, now)
+        for position, step in taken_up:
+            if step.ended is None and self._history.ended is None:
+                self._take_up(position, step, position in handed_back, activation, now)
+        for event in list(self._history.deferred):
+            if not self._over and not self._history.ended:
+                self._deliver(event.model_copy(update={"seq": -1, "at": now}), now)
+        self._settle(now)
+
+    def record(self, event: StepStarted | AttemptFailed, now: float) -> None:
+        """A note streamed by a worker; repeated and stale ones are dropped. A cancelled step keeps none."""
+        self._now = now
+        step = self._current(event.position, event.dispatch)
+        if step is None or (isinstance(event, AttemptFailed) and event.attempt in step.failed_attempts):
+            return
+        if isinstance(event, StepStarted) and event.attempt <= step.attempt:
+            return
+        self._note(event.model_copy(update={"at": now}))
+        if self._flush_at is None:
+            self._flush_at = now + self._limits.flush_after_s
+
+    def outcome(self, outcome: Outcome, now: float) -> None:
+        """A dispatch ended."""
+        self._now = now
+        step = self._current(outcome.position, outcome.dispatch)
+        if step is None:
+            return
+        step.dispatched = False
+        name = step.event.breaker
+        if name is not None:
+            self._generations[name] = max(self._generations.get(name, 0), outcome.breaker_generation)
+        for attempt in outcome.attempts:
+            if attempt.attempt not in step.failed_attempts:
+                self._note(attempt.model_copy(update={"at": now}))
+        position, dispatch = outcome.position, outcome.dispatch
+        if outcome.status == "completed" and outcome.result is not None:
+            self._deliver(
+                StepCompleted(
+                    at=now,
+                    position=position,
+                    dispatch=dispatch,
+                    attempt=outcome.attempt,
+                    started_at=outcome.started_at,
+                    ended_at=outcome.ended_at,
+                    result=outcome.result,
+                    breaker=outcome.breaker,
+                    worker=outcome.worker,
+                    node=outcome.node,
+                ),
+                now,
+            )
+        elif outcome.status == "failed" and outcome.error is not None:
+            self._fail(step, outcome.attempt, outcome.error, outcome.why, now)
+        elif outcome.status == "handed_back" and outcome.retry_at is not None:
+            self._note(StepHandedBack(at=now, position=position, dispatch=dispatch, due_at=outcome.retry_at))
+        else:  # told to stop by somebody else than this run: as good as lost, and nobody's fault
+            self._lose(step, "worker_died", False, "the step was interrupted", now)
+        self._settle(now)
+
+    def lost(self, position: str, dispatch: int, *, cause: str, charged: bool, now: float, message: str = "") -> None:
+        """The worker of a dispatch is gone."""
+        self._now = now
+        step = self._current(position, dispatch)
+        if step is None:
+            return
+        timeout = step.event.policy.timeout_s
+        started = step.started_at
+        if timeout is not None and started is not None and cause == "worker_died" and now >= started + timeout:
+            self._time_out(step, started, timeout, now)
+        else:
+            self._lose(step, cause, charged, message, now)
+        self._settle(now)
+
+    def tick(self, now: float) -> None:
+        """Do what is due: timers, in order; retries; the run's deadline; the end of a cancelled run's grace."""
+        self._now = now
+        if self._over or self._machine is None:
+            return
+        while not self._history.ended:
+            due = min(((at, p) for p, at in self._history.open_timers.items() if at <= now), default=None)
+            if due is None:
+                break
+            self._deliver(TimerFired(at=now, position=due[1]), now)
+        deadline = self._deadline()
+        if deadline is not None and deadline <= now and self._history.cancel is None and not self._history.ended:
+            limit = self._history.created.max_duration_s if self._history.created else None
+            self._request_cancel("max_duration", f"the run reached its max_duration of {limit:g} s", now)
+        if self._cancel_deadline is not None and self._cancel_deadline <= now and not self._history.ended:
+            self._end_by_force(now)
+        for step in self._history.steps.values():
+            if step.ended is None and step.waiting and (step.retry_at or 0.0) <= now:
+                self._dispatch(step)
+        self._settle(now)
+
+    def cancel(self, reason: str | None, now: float) -> None:
+        """Cancel the run: CancelledError in the body, whose `finally` may await steps for a grace."""
+        self._now = now
+        if (
+            not self._over
+            and self._history.ended is None
+            and self._history.cancel is None
+            and self._machine is not None
+        ):
+            self._request_cancel("user", reason, now)
+            self._settle(now)
+
+    def durable(self, seq: int, now: float) -> None:
+        """The store confirmed everything up to `seq`."""
+        self._durable = max(self._durable, seq)
+        while self._gated and self._gated[0][0] <= self._durable:
+            effect = self._gated.popleft()[1]
+            if isinstance(effect, Dispatch):
+                step = self._current(effect.call.position, effect.call.dispatch)
+                if step is None:
+                    continue
+            elif isinstance(effect, Park):
+                if self._history.next_seq - 1 > seq or self._pending or self._lazy:
+                    continue  # something happened meanwhile: settle decides anew
+                self._over = True
+            elif isinstance(effect, (Pause, Finish)):
+                self._over = True
+            self._effects.append(effect)
+
+    def evict(self) -> None:
+        """Drop the body; from now on nothing is emitted."""
+        self._over = True
+        if self._machine is not None:
+            self._machine.evict()
+
+    # What the shell reads ------------------------------------------------------------------------------------
+
+    def effects(self) -> list[Effect]:
+        """The effects since the last call, in order."""
+        drained, self._effects = self._effects, []
+        return drained
+
+    @property
+    def next_due(self) -> float | None:
+        """When `tick` must be called next; None: never by itself."""
+        if self._over or self._history.ended is not None:
+            return None
+        moments = [*self._waits(), self._flush_at, self._cancel_deadline]
+        if self._history.cancel is None:
+            moments.append(self._deadline())
+        return min((m for m in moments if m is not None), default=None)
+
+    @property
+    def history(self) -> History:
+        """The state so far (read only)."""
+        return self._history
+
+    # Inside --------------------------------------------------------------------------------------------------
+
+    def _note(self, event: Event) -> None:
+        """An event that rides with the next append. It is numbered now, so that order is the order of happening."""
+        event.seq = self._history.next_seq
+        self._history.apply(event)
+        self._lazy.append(event)
+
+    def _command(self, event: Event) -> None:
+        self._note(event)
+        self._pending.append(event)
+
+    def _deliver(self, event: Event, now: float) -> None:
+        self._command(event)
+        if self._machine is not None:
+            self._commands(self._machine.deliver(event), now)
+
+    def _commands(self, events: list[Event], now: float) -> None:
+        for event in events:
+            event.at = now
+            cancelled = self._history.steps.get(event.position) if isinstance(event, StepCancelled) else None
+            held = cancelled is not None and cancelled.dispatched
+            self._command(event)
+            if isinstance(event, StepScheduled):
+                self._dispatch(self._history.steps[event.position])
+            elif cancelled is not None and held:
+                self._gate(CancelDispatch(cancelled.event.position, cancelled.dispatch))
+            elif isinstance(event, TERMINAL):
+                self._gate(Finish(event))
+
+    def _current(self, position: str, dispatch: int) -> StepState | None:
+        """The step, when this dispatch of it is the one whose word counts."""
+        step = self._history.steps.get(position)
+        if self._over or step is None or step.ended is not None or not step.dispatched or step.dispatch != dispatch:
+            return None
+        return step
+
+    def _gate(self, effect: Effect) -> None:
+        """Let `effect` out when everything recorded so far is durable."""
+        self._gated.append((self._history.next_seq - 1, effect))
+
+    def _dispatch(self, step: StepState) -> None:
+        created = self._history.created
+        assert created is not None
+        step.dispatch += 1
+        event = step.event
+        if step.dispatch > 1 or step.waiting or step.attempt or step.recoveries:
+            self._command(StepDispatched(at=self._now, position=event.position, dispatch=step.dispatch))
+        step.dispatched, step.waiting, step.started_at = True, False, None
+        call = StepCall(
+            run_id=created.run_id,
+            run_uid=created.run_uid,
+            storage_id=created.storage_id,
+            generation=created.generation,
+            workflow=created.workflow,
+            position=event.position,
+            number=event.number,
+            epoch=self._history.epoch,
+            dispatch=step.dispatch,
+            step=event.step,
+            code=event.code,
+            args=event.args,
+            kwargs=event.kwargs,
+            policy=event.policy,
+            executor=event.executor,
+            ray_options=event.ray_options,
+            breaker=event.breaker,
+            breaker_settings=created.breakers.get(event.breaker) if event.breaker else None,
+            breaker_generation=self._generations.get(event.breaker, 0) if event.breaker else 0,
+            first_attempt=step.attempt + 1,
+            retries_used=step.retries_used,
+            previous=list(step.previous),
+            not_before=step.retry_at,
+            deadline=self._deadline(),
+            trace_id=created.trace_id,
+        )
+        self._gate(Dispatch(call))
+
+    def _take_up(self, position: str, step: StepState, waited: bool, activation: RunActivated, now: float) -> None:
+        """An open step of an earlier activation: its worker died with its owner, or nobody had it."""
+        if position in activation.resets:
+            return self._dispatch(step)
+        if waited:
+            step.waiting = True
+            if (step.retry_at or 0.0) <= now:
+                self._dispatch(step)
+            return
+        self._lose(step, "run_actor_lost", False, "", now)
+
+    def _lose(self, step: StepState, cause: str, charged: bool, message: str, now: float) -> None:
+        event, policy = step.event, step.event.policy
+        exhausted = charged and step.recoveries + 1 > policy.max_recoveries
+        retry_at: float | None = None
+        if policy.idempotent and not exhausted:
+            retry_at = max(now, step.retry_at or 0.0)
+            if charged:
+                delay = min(_RECOVERY_DELAY_MAX_S, _RECOVERY_DELAY_S * 2.0 ** min(step.recoveries, 20))
+                retry_at = max(retry_at, now + delay * self._rng.uniform(0.5, 1.0))
+        dispatch = step.dispatch
+        self._note(
+            StepLost(
+                at=now,
+                position=event.position,
+                dispatch=dispatch,
+                attempt=step.attempt or None,
+                cause=cause,
+                charged=charged,
+                retry_at=retry_at,
+                message=message,
+            )
+        )
+        if retry_at is None:
+            why = (
+                f"its worker was lost {step.recoveries} times (max_recoveries={policy.max_recoveries})"
+                if policy.idempotent
+                else "it is not idempotent, so it is not executed again"
+            )
+            error = StepLostError(
+                f"the outcome of step {event.step!r} (position {event.position}) is unknown, "
+                f"{cause.replace('_', ' ')}: {why}" + (f". {message}" if message else "")
+            )
+            self._fail(step, step.attempt, self._codec.encode_error(error, "permanent"), "lost", now)
+        elif retry_at <= now:
+            self._dispatch(step)
+
+    def _time_out(self, step: StepState, started: float, timeout: float, now: float) -> None:
+        """The worker ended itself because an attempt stood still past its timeout: a failed attempt, not a loss.
+
+        What `retry_on` says is code and not known here: the taxonomy decides, by which timeouts are retried.
+        """
+        position, dispatch, attempt = step.event.position, step.dispatch, max(1, step.attempt)
+        error = StepTimeoutError(
+            f"attempt {attempt} of step {step.event.step!r} ran longer than its timeout of {timeout:g} s, "
+            "and could only be ended with its worker"
+        )
+        info = self._codec.encode_error(error, "timeout")
+        choice = decide(
+            error,
+            "timeout",
+            step.event.policy,
+            now=now,
+            rng=self._rng,
+            retries_used=step.retries_used,
+            deadline=self._deadline(),
+            outcome_unknown=True,
+        )
+        retry = choice if isinstance(choice, Retry) else None
+        self._note(
+            AttemptFailed(
+                at=now,
+                position=position,
+                dispatch=dispatch,
+                attempt=attempt,
+                started_at=started,
+                ended_at=now,
+                error=info,
+                delay_s=retry.delay_s if retry else None,
+                delay_reason=retry.reason if retry else None,
+                retry_at=retry.retry_at if retry else None,
+            )
+        )
+        if retry is not None:
+            self._note(StepHandedBack(at=now, position=position, dispatch=dispatch, due_at=retry.retry_at))
+            if retry.retry_at <= now:
+                self._dispatch(step)
+        elif isinstance(choice, Stop) and choice.why == "lost":
+            lost = StepLostError(f"{error}; {choice.note}")
+            self._fail(step, attempt, self._codec.encode_error(lost, "permanent"), "lost", now)
+        else:
+            self._fail(step, attempt, info, choice.why if isinstance(choice, Stop) else "exhausted", now)
+
+    def _fail(self, step: StepState, attempt: int, error: Any, why: str, now: float) -> None:
+        self._deliver(
+            StepFailed(
+                at=now, position=step.event.position, dispatch=step.dispatch, attempt=attempt, error=error, why=why
+            ),
+            now,
+        )
+
+    def _request_cancel(self, cause: Any, reason: str | None, now: float) -> None:
+        self._cancel_deadline = now + self._limits.cancel_grace_s
+        self._deliver(RunCancelRequested(at=now, cause=cause, reason=reason), now)
+
+    def _end_by_force(self, now: float) -> None:
+        """The body did not end within its grace: it ends here, and what it still runs is cancelled."""
+        cancel = self._history.cancel
+        open_steps = [p for p, s in self._history.steps.items() if s.ended is None]
+        events: list[Event] = [StepCancelled(position=p) for p in open_steps]
+        events.append(RunCancelled(reason=cancel.reason if cancel else None))
+        if self._machine is not None:
+            self._machine.evict()
+        self._commands(events, now)
+
+    def _pause(self, reason: Any, message: str, now: float, details: dict[str, Any] | None = None) -> None:
+        event = RunPaused(at=now, reason=reason, message=message, details=details or {})
+        self._command(event)
+        self._gated.clear()
+        self._gate(Pause(event))
+        self._flush()
+
+    def _deadline(self) -> float | None:
+        created = self._history.created
+        if created is None or created.max_duration_s is None:
+            return None
+        return created.at + created.max_duration_s
+
+    def _waits(self) -> list[float]:
+        """Everything that time alone brings: timers and waiting retries."""
+        retries = [s.retry_at or 0.0 for s in self._history.steps.values() if s.ended is None and s.waiting]
+        return [*self._history.open_timers.values(), *retries]
+
+    def _settle(self, now: float) -> None:
+        """After an input: limits, parking, and one append of all that is ready."""
+        if self._over:
+            return
+        history = self._history
+        if history.ended is None and history.counted >= self._limits.max_events:
+            run_id = history.created.run_id if history.created else ""
+            return self._pause(
+                "event_limit",
+                f"run {run_id!r} is paused: it has {history.counted} events (max_events={self._limits.max_events}). "
+                f"If that is meant: pyworkflow-ray runs resume {run_id}",
+                now,
+            )
+        if not self._warned and history.counted >= self._limits.warn_events:
+            self._warned = True
+            self._log(f"run {history.created.run_id if history.created else ''} has {history.counted} events")
+        if history.ended is None and not any(s.dispatched for s in history.steps.values()):
+            self._wait_or_park(now)
+        if self._pending or self._gated or (self._flush_at is not None and self._flush_at <= now):
+            self._flush()
+
+    def _wait_or_park(self, now: float) -> None:
+        waits = self._waits()
+        if not waits:
+            if self._machine is not None and self._machine.waits_for_nothing():
+                self._pause(
+                    "code",
+                    "the workflow waits for something that no step and no timer will ever bring "
+                    "(an Event or Future that nothing sets)",
+                    now,
+                )
+            return
+        deadline = self._deadline() if self._history.cancel is None else None
+        due = min(m for m in (*waits, deadline, self._cancel_deadline) if m is not None)
+        parked = any(isinstance(effect, Park) for _, effect in self._gated)
+        if due - now > self._limits.park_after_s and not parked:
+            event = RunParked(at=now, due_at=due)
+            self._command(event)
+            self._gate(Park(due))
+
+    def _flush(self) -> None:
+        self._flush_at = None
+        self._pending = []
+        if self._lazy:
+            self._effects.append(Append(tuple(self._lazy)))
+            self._lazy = []
+        elif self._gated and self._gated[0][0] <= self._durable:
+            self.durable(self._durable, 0.0)

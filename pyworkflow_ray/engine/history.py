@@ -1,0 +1,213 @@
+"""A run's events, folded: what each step and timer has come to, and the script that replay follows.
+
+Pure. Called by `driver` on activation, and after it event by event, so that a live driver and a recovered one hold the
+same state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pyworkflow_ray.engine.calls import PreviousFailure
+from pyworkflow_ray.engine.events import (
+    COMMANDS,
+    INPUTS,
+    TERMINAL,
+    AttemptFailed,
+    Event,
+    RunActivated,
+    RunCancelRequested,
+    RunCreated,
+    RunFailed,
+    RunPaused,
+    StepCancelled,
+    StepCompleted,
+    StepDispatched,
+    StepFailed,
+    StepHandedBack,
+    StepLost,
+    StepScheduled,
+    StepStarted,
+    TimerCancelled,
+    TimerFired,
+    TimerStarted,
+)
+
+
+@dataclass(slots=True)
+class StepState:
+    """One step of the run.
+
+    attempt: number of the last attempt known. retries_used: failed attempts that count against `max_retries`.
+    recoveries: charged losses. retry_at: when the next attempt may begin. waiting: nobody executes it (handed back, or
+    lost and backing off). dispatch: how often it was dispatched in this epoch. dispatched: a worker has it now.
+    """
+
+    event: StepScheduled
+    ended: str | None = None  # "completed", "failed", "cancelled"
+    attempt: int = 0
+    retries_used: int = 0
+    recoveries: int = 0
+    retry_at: float | None = None
+    waiting: bool = False
+    started_at: float | None = None  # of the attempt that runs now
+    dispatch: int = 0
+    dispatched: bool = False
+    previous: list[PreviousFailure] = field(default_factory=list)
+    failed_attempts: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class History:
+    """All that the events say, for the driver."""
+
+    created: RunCreated | None = None
+    steps: dict[str, StepState] = field(default_factory=dict)
+    open_timers: dict[str, float] = field(default_factory=dict)
+    script: list[Event] = field(default_factory=list)  # inputs and commands, in order
+    deferred: list[Event] = field(default_factory=list)  # inputs that outlive a reset: to be delivered again
+    next_seq: int = 0
+    counted: int = 0  # events since the run began or was resumed
+    first_activated_at: float | None = None
+    last_at: float = 0.0
+    epoch: int = -1
+    lost_activations: int = 0  # charged ones since a step completed
+    cancel: RunCancelRequested | None = None
+    ended: Event | None = None
+    paused: RunPaused | None = None
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> History:
+        history = cls()
+        for event in events:
+            history.apply(event)
+        return history
+
+    def apply(self, event: Event) -> None:
+        """Take one event in, in order of `seq`."""
+        self.next_seq = event.seq + 1
+        self.counted += 1
+        self.last_at = max(self.last_at, event.at)
+        if isinstance(event, (*INPUTS, *COMMANDS)):
+            self.script.append(event)
+        if self.deferred and isinstance(event, (StepCompleted, TimerFired)):
+            self.deferred = [e for e in self.deferred if getattr(e, "position", None) != event.position]
+        match event:
+            case RunCreated():
+                self.created = event
+            case RunActivated():
+                self._activated(event)
+            case StepScheduled():
+                self.steps[event.position] = StepState(event)
+            case StepStarted():
+                step = self.steps[event.position]
+                step.attempt = max(step.attempt, event.attempt)
+                step.started_at = event.started_at
+            case StepDispatched():
+                self.steps[event.position].waiting = False
+            case AttemptFailed():
+                self._attempt_failed(event)
+            case StepHandedBack():
+                step = self.steps[event.position]
+                step.waiting, step.dispatched, step.retry_at = True, False, event.due_at
+            case StepLost():
+                step = self.steps[event.position]
+                step.recoveries += event.charged
+                step.waiting, step.dispatched, step.retry_at = True, False, event.retry_at
+                step.attempt = max(step.attempt, event.attempt or 0)
+            case StepCompleted():
+                self._end_step(event.position, "completed", event.attempt)
+                self.lost_activations = 0
+            case StepFailed():
+                self._end_step(event.position, "failed", event.attempt)
+            case StepCancelled():
+                self._end_step(event.position, "cancelled", 0)
+            case TimerStarted():
+                self.open_timers[event.position] = event.due_at
+            case TimerFired() | TimerCancelled():
+                self.open_timers.pop(event.position, None)
+            case RunCancelRequested():
+                self.cancel = event
+            case RunPaused():
+                self.paused = event
+            case _:
+                pass
+        if isinstance(event, TERMINAL):
+            self.ended = event
+
+    def _end_step(self, position: str, how: str, attempt: int) -> None:
+        step = self.steps[position]
+        step.ended = how
+        step.waiting = step.dispatched = False
+        step.retry_at = None
+        step.attempt = max(step.attempt, attempt)
+
+    def _attempt_failed(self, event: AttemptFailed) -> None:
+        step = self.steps[event.position]
+        if event.attempt in step.failed_attempts:
+            return
+        step.failed_attempts.add(event.attempt)
+        step.attempt = max(step.attempt, event.attempt)
+        step.retries_used += 1
+        step.started_at = None
+        step.retry_at = event.retry_at
+        failure = PreviousFailure(event.attempt, event.error.kind, event.error.type, event.error.message, event.delay_s)
+        step.previous = [*step.previous[-99:], failure]
+
+    def _activated(self, event: RunActivated) -> None:
+        self.epoch = event.epoch
+        if self.first_activated_at is None:
+            self.first_activated_at = event.at
+        if event.cause == "recovery" and event.charged:
+            self.lost_activations += 1
+        elif event.cause == "resume":
+            self.lost_activations = 0
+            self.counted = 0
+        self.paused = None
+        for step in self.steps.values():
+            step.dispatch, step.dispatched = 0, False
+        if event.resets:
+            self._reset(set(event.resets))
+
+    def _reset(self, positions: set[str]) -> None:
+        """Take failed steps back: they are open again, with fresh attempts, and what the body did because they had
+        failed never happened. The run's end is taken back too; keys of the steps (idempotency) stay the same."""
+        cut = next(
+            (i for i, e in enumerate(self.script) if isinstance(e, StepFailed) and e.position in positions), None
+        )
+        if cut is None:
+            self.script = [e for e in self.script if not isinstance(e, TERMINAL)]
+        else:
+            kept = {e.position for e in self.script[:cut] if isinstance(e, (StepScheduled, TimerStarted))}
+            later: list[Event] = [
+                e for e in self.script[cut:] if isinstance(e, (StepCompleted, TimerFired)) and e.position in kept
+            ]
+            for event in self.script[cut:]:
+                if isinstance(event, StepScheduled):
+                    self.steps.pop(event.position, None)
+                elif isinstance(event, StepCancelled) and event.position in self.steps:
+                    self.steps[event.position].ended = None
+                elif isinstance(event, TimerCancelled) and event.position in kept:
+                    self.open_timers[event.position] = event.at
+                elif isinstance(event, TimerStarted):
+                    self.open_timers.pop(event.position, None)
+            self.script = self.script[:cut]
+            self.deferred = later
+        for position in positions & self.steps.keys():
+            event = self.steps[position].event
+            attempt = self.steps[position].attempt
+            self.steps[position] = StepState(event, attempt=attempt)
+        self.ended = None
+        self.cancel = None
+
+
+def failed_positions(events: Iterable[Event]) -> list[str]:
+    """The steps that `resume` of a failed run tries again: the one whose exception ended the run."""
+    ended: RunFailed | None = None
+    for event in events:
+        if isinstance(event, RunFailed):
+            ended = event
+        elif isinstance(event, RunActivated) and event.resets:
+            ended = None
+    return [ended.position] if ended is not None and ended.position is not None else []

@@ -1,0 +1,269 @@
+"""One body on its loop: replays a script of inputs and commands, then takes new inputs one by one.
+
+Pure. Called by `driver`. Rules:
+
+* Inputs are delivered in recorded order, and the loop is spun until quiet after each.
+* While replaying, every command must be the recorded one, in recorded order. The first that is not raises
+  `NonDeterminismError` here, never inside the body: what the body did meanwhile has had no effect.
+* Only at the end of the script may the body give commands that are not recorded: they are new (a commit is not atomic,
+  its tail may be lost).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from pyworkflow_ray.engine.calls import Codec
+from pyworkflow_ray.engine.events import (
+    COMMANDS,
+    Event,
+    Payload,
+    RunCancelled,
+    RunCancelRequested,
+    RunCompleted,
+    RunCreated,
+    RunFailed,
+    StepCancelled,
+    StepCompleted,
+    StepFailed,
+    StepScheduled,
+    TimerFired,
+    TimerStarted,
+)
+from pyworkflow_ray.engine.logs import filter_replayed_lines
+from pyworkflow_ray.engine.loop import WorkflowLoop
+from pyworkflow_ray.errors import NonDeterminismError, RunCancelledError, StepTimeoutError
+from pyworkflow_ray.resilience.taxonomy import classify
+
+Flow = Callable[..., Coroutine[Any, Any, Any]]
+
+
+class RunData:
+    """What `current_run()` shows in the body: `.run_id .workflow .version .attributes .created_at`."""
+
+    __slots__ = ("attributes", "created_at", "run_id", "trace_id", "version", "workflow")
+
+    def __init__(self, created: RunCreated) -> None:
+        self.run_id = created.run_id
+        self.workflow = created.workflow
+        self.version = created.version
+        self.attributes = dict(created.attributes)
+        self.created_at = created.at
+        self.trace_id = created.trace_id
+
+
+class Machine:
+    """See the module. Commands come out as the events that record them, not yet numbered."""
+
+    def __init__(self, flow: Flow, created: RunCreated, codec: Codec) -> None:
+        filter_replayed_lines()
+        self._flow = flow
+        self._created = created
+        self._codec = codec
+        self._emitted: list[Event] = []
+        self.loop = WorkflowLoop(  # type: ignore[abstract]  # its refusals of I/O are set on the class
+            created.run_uid, codec, self._emitted.append
+        )
+        self.loop.run_data = RunData(created)
+        self._root: asyncio.Task[Any] | None = None
+        self._cancel: RunCancelRequested | None = None
+        self._blame: list[tuple[BaseException, str]] = []  # exceptions of steps, with their position
+        self.ended = False
+
+    def replay(self, script: list[Event], started_at: float) -> list[Event]:
+        """Start the body at `started_at`, follow the script, and give the commands that come after it.
+
+        Raises:
+            NonDeterminismError: the body gave another command than the recorded one.
+        """
+        loop = self.loop
+        loop.replaying = bool(script)
+        loop.now_s = started_at
+        args = [self._codec.decode(payload) for payload in self._created.args]
+        kwargs = {name: self._codec.decode(payload) for name, payload in self._created.kwargs.items()}
+        self._root = loop.create_task(self._flow(*args, **kwargs))
+        self._spin()
+        given = 0
+        for event in script:
+            if isinstance(event, COMMANDS):
+                if given >= len(self._emitted):
+                    raise self._mismatch(event, None)
+                _compare(event, self._emitted[given], self._mismatch)
+                given += 1
+            else:
+                if given < len(self._emitted):
+                    raise self._mismatch(event, self._emitted[given])
+                del self._emitted[:]
+                given = 0
+                self._take(event)
+        fresh = self._emitted[given:]
+        del self._emitted[:]
+        loop.replaying = False
+        return fresh
+
+    def deliver(self, event: Event) -> list[Event]:
+        """Deliver a new input; give the commands that follow from it."""
+        self._take(event)
+        fresh = self._emitted[:]
+        del self._emitted[:]
+        return fresh
+
+    def evict(self) -> None:
+        """Drop the body. From now on it has no effect."""
+        self.loop.evict()
+        self._root = None
+        self._blame.clear()
+
+    def waits_for_nothing(self) -> bool:
+        """Whether no step and no timer can ever wake the body."""
+        return not self.ended and not self.loop.steps and not self.loop.timers
+
+    def _take(self, event: Event) -> None:
+        loop = self.loop
+        loop.now_s = max(loop.now_s, event.at)
+        match event:
+            case StepCompleted() | StepFailed():
+                future = loop.steps.pop(event.position, None)
+                if future is None:
+                    raise self._mismatch(event, None)
+                if future.done():
+                    pass
+                elif isinstance(event, StepCompleted):
+                    self._resolve(future, event.result)
+                else:
+                    error = self._codec.decode_error(event.error)
+                    self._blame.append((error, event.position))
+                    future.set_exception(_carriable(error))
+            case TimerFired():
+                if event.position not in loop.timers:
+                    raise self._mismatch(event, None)
+                loop.fire(event.position)
+            case RunCancelRequested():
+                self._cancel = event
+                if self._root is not None:
+                    self._root.cancel(event.reason)
+            case _:
+                raise AssertionError(f"{event.type} is no input")
+        self._spin()
+
+    def _resolve(self, future: asyncio.Future[Any], result: Payload) -> None:
+        try:
+            value = self._codec.decode(result)
+        except Exception as error:  # the value can't be restored here: the body learns it at this await
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+
+    def _spin(self) -> None:
+        self.loop.spin()
+        if self._root is not None and self._root.done() and not self.ended:
+            self.ended = True
+            for position in list(self.loop.steps):
+                del self.loop.steps[position]
+                self._emitted.append(StepCancelled(at=self.loop.now_s, position=position))
+            self._emitted.append(self._ending(self._root))
+
+    def _ending(self, root: asyncio.Task[Any]) -> Event:
+        error: BaseException | None = None
+        if root.cancelled():
+            error = asyncio.CancelledError()
+        else:
+            error = root.exception()
+        cancel = self._cancel
+        if cancel is not None and cancel.cause == "max_duration":
+            late = StepTimeoutError(cancel.reason or "the run reached its max_duration")
+            return RunFailed(at=self.loop.now_s, error=self._codec.encode_error(late, "timeout"))
+        if cancel is not None:
+            beside = error if error is not None and not isinstance(error, asyncio.CancelledError) else None
+            info = None if beside is None else self._codec.encode_error(beside, classify(beside))
+            return RunCancelled(at=self.loop.now_s, reason=cancel.reason, error=info)
+        if isinstance(error, asyncio.CancelledError):
+            return RunCancelled(at=self.loop.now_s, reason="the workflow cancelled itself")
+        if error is None:
+            try:
+                return RunCompleted(at=self.loop.now_s, result=self._codec.encode(root.result()))
+            except Exception as failure:  # the result can't be stored: the run fails with the reason
+                error = failure
+        position = next((p for e, p in reversed(self._blame) if e is error), None)
+        return RunFailed(at=self.loop.now_s, error=self._codec.encode_error(error, classify(error)), position=position)
+
+    def _mismatch(self, recorded: Event, attempted: Event | None) -> NonDeterminismError:
+        position = getattr(recorded, "position", None) or getattr(attempted, "position", None) or "the end"
+        has, did = _words(recorded), "nothing" if attempted is None else _words(attempted)
+        version = self._created.version
+        code = f"the code of version {version!r}" if version else "the code that the run was started with"
+        remedy = f"Restore {code} and resume: pyworkflow-ray runs resume {self._created.run_id}"
+        return NonDeterminismError(
+            f"run {self._created.run_id!r} is paused at position {position}: its history has {has}, "
+            f"the code has {did}. Nothing was executed. {remedy}",
+            run_id=self._created.run_id,
+            position=position,
+            recorded=has,
+            attempted=did,
+            remedy=remedy,
+        )
+
+
+def _carriable(error: BaseException) -> BaseException:
+    """A future can't hold StopIteration: it comes as the RuntimeError that a coroutine would make of it."""
+    if isinstance(error, StopIteration):
+        wrapped = RuntimeError("a step raised StopIteration")
+        wrapped.__cause__ = error
+        return wrapped
+    return error
+
+
+def _compare(recorded: Event, attempted: Event, mismatch: Callable[[Event, Event | None], NonDeterminismError]) -> None:
+    same = type(recorded) is type(attempted) and getattr(recorded, "position", "") == getattr(attempted, "position", "")
+    if same and isinstance(recorded, StepScheduled) and isinstance(attempted, StepScheduled):
+        same = (
+            recorded.step == attempted.step
+            and len(recorded.args) == len(attempted.args)
+            and recorded.kwargs.keys() == attempted.kwargs.keys()
+            and all(map(_same_value, recorded.args, attempted.args))
+            and all(_same_value(value, attempted.kwargs[name]) for name, value in recorded.kwargs.items())
+        )
+    elif same and isinstance(recorded, TimerStarted) and isinstance(attempted, TimerStarted):
+        same = abs(recorded.delay_s - attempted.delay_s) <= 1e-6 * max(1.0, recorded.delay_s)
+    if not same:
+        raise mismatch(recorded, attempted)
+
+
+def _same_value(recorded: Payload, attempted: Payload) -> bool:
+    """By hash where the encoding is canonical; of pickles (they differ between processes) only the class."""
+    if recorded.digest is not None and attempted.digest is not None:
+        return recorded.digest == attempted.digest
+    return (recorded.enc, recorded.cls) == (attempted.enc, attempted.cls)
+
+
+def _words(event: Event) -> str:
+    match event:
+        case StepScheduled():
+            given = [*event.args, *event.kwargs.values()]
+            shown = ", ".join(p.preview or (str(p.data)[:40] if p.enc == "json" else p.cls or p.enc) for p in given)
+            return f"step {event.step!r} ({shown})"
+        case StepCompleted() | StepFailed():
+            return f"the outcome of a step at {event.position}"
+        case StepCancelled():
+            return f"the cancellation of the step at {event.position}"
+        case TimerStarted():
+            return f"a timer of {event.delay_s:g} s"
+        case TimerFired():
+            return f"a timer that fired at {event.position}"
+        case RunCompleted():
+            return "the end of the workflow"
+        case RunFailed():
+            return f"the failure of the workflow ({event.error.type})"
+        case RunCancelled() | RunCancelRequested():
+            return "a cancellation of the run"
+        case _:
+            return event.type.replace("_", " ")
+
+
+def as_cancelled(reason: str | None, run_id: str) -> RunCancelledError:
+    """What `result()` of a cancelled run raises."""
+    return RunCancelledError(
+        f"run {run_id!r} was cancelled" + (f": {reason}" if reason else ""), run_id=run_id, reason=reason
+    )

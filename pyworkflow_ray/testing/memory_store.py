@@ -1,0 +1,46 @@
+"""A journal in memory with the promises of the real one, and its crashes: any prefix of what was not acknowledged may
+survive.
+
+Used by the simulator and by tests of the driver.
+"""
+
+from __future__ import annotations
+
+import random
+
+from pyworkflow_ray.engine.events import Event, event_adapter
+
+
+class MemoryStore:
+    """The events of one run. Events are kept as JSON, so that what comes back has been through the format."""
+
+    def __init__(self) -> None:
+        self.durable: list[bytes] = []
+        self.acknowledged = -1
+        self._written: list[Event] = []  # appended, not durable yet
+
+    def append(self, events: tuple[Event, ...]) -> int:
+        """Take events in; gives the seq that `sync` will make durable."""
+        expected = len(self.durable) + len(self._written)
+        for offset, event in enumerate(events):
+            if event.seq != expected + offset:
+                raise AssertionError(f"event {event.type} has seq {event.seq}, not {expected + offset}")
+        self._written.extend(events)
+        return expected + len(events) - 1
+
+    def sync(self) -> int:
+        """Make all that was appended durable; gives the last durable seq."""
+        self.durable.extend(event.model_dump_json().encode() for event in self._written)
+        self._written.clear()
+        self.acknowledged = len(self.durable) - 1
+        return self.acknowledged
+
+    def crash(self, rng: random.Random) -> None:
+        """The owner died: a prefix of what was not durable survives."""
+        kept = self._written[: rng.randint(0, len(self._written))]
+        self.durable.extend(event.model_dump_json().encode() for event in kept)
+        self._written.clear()
+
+    def events(self) -> list[Event]:
+        """The accepted history."""
+        return [event_adapter.validate_json(line) for line in self.durable]
