@@ -124,13 +124,15 @@ def _witnesses(kill: Kill, history: Sequence[Event]) -> bool:
     owner: int | None = None
     workers: dict[tuple[str, int], int | None] = {}
     for event in history:
-        if isinstance(event, RunActivated):
-            if kill.role == "run actor" and event.cause == "recovery" and owner == kill.pid and event.at >= kill.at:
-                return True
-            owner = pid_of(event.worker)
-        elif isinstance(event, StepStarted):
+        if isinstance(event, StepStarted):
             workers[event.position, event.dispatch] = pid_of(event.worker)
+        lost: int | None = None
+        if isinstance(event, RunActivated):
+            if kill.role == "run actor" and event.cause == "recovery":
+                lost = owner
+            owner = pid_of(event.worker)
         elif isinstance(event, StepLost) and kill.role == "step worker":
-            if event.at >= kill.at and workers.get((event.position, event.dispatch)) == kill.pid:
-                return True
+            lost = workers.get((event.position, event.dispatch))
+        if lost == kill.pid and event.at >= kill.at:
+            return True
     return False

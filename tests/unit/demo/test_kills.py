@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import subprocess
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pyworkflow_ray.demo.kills import choose, strike
 from pyworkflow_ray.engine.events import (
@@ -67,27 +68,29 @@ def test_a_local_step_runs_in_the_run_actor_which_is_no_step_worker() -> None:
     assert choose("step worker", [[activated(10), scheduled("1"), started("1", 10, at=5)]]) is None
 
 
-def _process(title: str) -> Any:
-    return subprocess.Popen([title, "60"], executable="/bin/sleep")
+@contextmanager
+def process(title: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process under this title that has said it is up, and ends when it is told to or its input ends."""
+    command = [title, "-c", "echo up; read line"]
+    with subprocess.Popen(command, executable="/bin/sh", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
+        yield child
 
 
 def test_a_worker_of_ray_is_killed_and_seen_to_end() -> None:
-    with _process("ray::run_step") as process:
-        kill = strike("step worker", process.pid)
-        assert kill.gone
-        assert process.wait(timeout=10) == -9
+    with process("ray::run_step") as child:
+        assert strike("step worker", child.pid).gone
+        assert child.wait(timeout=10) == -9
 
 
 def test_a_process_that_is_no_worker_of_ray_is_left_alone() -> None:
-    with _process("sleep") as process:
-        try:
-            assert not strike("step worker", process.pid).gone
-            assert process.poll() is None
-        finally:
-            process.kill()
+    with process("sh") as child:
+        assert not strike("step worker", child.pid).gone
+        assert child.poll() is None
 
 
 def test_a_process_that_is_gone_already_is_no_kill() -> None:
-    with _process("ray::run_step") as process:
-        process.kill()
-    assert not strike("step worker", process.pid).gone
+    with process("ray::run_step") as child:
+        pass
+    assert not strike("step worker", child.pid).gone
