@@ -1,0 +1,517 @@
+"""A storage directory: what lies where, who may open it, runs made, listed, read and handed to their owners.
+
+Called by api, runtime and CLI, in any process and without a lock; calls `journal`, `index`, `checked`, `disk`. Faults:
+a crash between any two calls, other processes doing the same, a full disk, damaged and foreign files. Layout:
+
+    storage.json                     storage id and format version
+    active/RUN@EPOCH                 the index of unfinished runs: empty files, see `index`
+    runs/HH/RUN/EPOCH.journal        a directory a run, for its whole life (HH: two digits of the id's SHA-256)
+    blobs/HH/SHA256                  content-addressed bytes: code snapshots, large payloads
+    leases/                          see `lease`
+    tmp/                             files and directories that have no name yet
+
+A run's directory appears at once with its whole first file (rename of a directory), so its name alone decides that an
+id is taken: creation can't race with a run that finishes, for finishing moves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from pyworkflow_ray.engine.events import Event, RunCreated
+from pyworkflow_ray.errors import (
+    ConfigurationError,
+    CorruptJournalError,
+    RunExistsError,
+    RunNotFoundError,
+    StorageError,
+)
+from pyworkflow_ray.failpoints import failpoint
+from pyworkflow_ray.ids import check_run_id, new_id
+from pyworkflow_ray.storage.checked import decode_checked, encode_checked
+from pyworkflow_ray.storage.disk import DISK, Disk
+from pyworkflow_ray.storage.epochs import epoch_name
+from pyworkflow_ray.storage.index import ActiveIndex
+from pyworkflow_ray.storage.journal import (
+    FOLD_LIMIT,
+    Journal,
+    Place,
+    View,
+    continue_first,
+    disk_error,
+    first_file,
+    fold,
+    read_view,
+    take_over,
+)
+from pyworkflow_ray.storage.mounts import network_file_system
+from pyworkflow_ray.storage.record import FORMAT_VERSION, chain_start, decode_records, parse_head
+
+logger = logging.getLogger(__name__)
+
+_FILE: Final = "storage.json"
+_RETIRED: Final = "retired.json"
+_HEAD_BYTES: Final = 4096  # more than any head takes
+_DIRECTORIES: Final = ("active", "runs", "blobs", "leases", "tmp")
+
+
+@dataclass(slots=True, frozen=True)
+class Owner:
+    """Whose a run is: the newest epoch, and the lease in its file ("": nobody's)."""
+
+    epoch: int
+    lease: str
+
+
+@dataclass(slots=True)
+class RunHistory:
+    """A run as its journal holds it now.
+
+    torn: the tail of the newest file was cut off by a crash, or is being written at this moment; `detail` says where.
+    finished: it has ended, and was not resumed after it.
+    """
+
+    run_id: str
+    events: list[Event]
+    epochs: list[int] = field(repr=False)  # the epoch of each event
+    epoch: int
+    lease: str
+    torn: bool
+    detail: str
+    finished: bool
+
+
+class Storage:
+    """An open storage directory. Cheap to open, holds no descriptor and no lock, safe to use from any thread.
+
+    Attributes:
+        root: absolute path. storage_id: 32 hexadecimal digits, for the life of the directory.
+    """
+
+    def __init__(self, root: str, storage_id: str, disk: Disk = DISK, fold_limit: int = FOLD_LIMIT) -> None:
+        self.root: Final = root
+        self.storage_id: Final = storage_id
+        self.disk: Final = disk
+        self._fold_limit = fold_limit
+        self._index = ActiveIndex(disk, f"{root}/active")
+        self._known_blobs: set[str] = set()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, create: bool = True, disk: Disk = DISK) -> Storage:
+        """Open the storage at `path` (`~` is expanded), making it where it is missing and `create` is true.
+
+        Raises:
+            ConfigurationError: `path` is on a network file system, is no directory, or holds other files.
+            StorageError: it can't be read or made, or a newer version made it.
+            CorruptJournalError: `storage.json` is damaged, or missing from a directory that holds runs.
+        """
+        root = os.path.abspath(os.path.expanduser(os.fspath(path)))
+        if "\0" in root:
+            raise ConfigurationError(f"storage={root!r} is no path")
+        kind = network_file_system(root)
+        if kind is not None:
+            raise ConfigurationError(
+                f"storage={root!r} is on a network file system ({kind}), which is not available in this version: "
+                "its caches break the fence between two owners. Use a directory on a local disk"
+            )
+        try:
+            content = cls._read_or_make(root, create, disk)
+        except OSError as error:
+            raise disk_error("opening storage", root, error) from error
+        version = content.get("format")
+        if version != FORMAT_VERSION:
+            raise StorageError(
+                f"storage {root} has format {version!r}, this version reads {FORMAT_VERSION}: upgrade pyworkflow-ray",
+                path=f"{root}/{_FILE}",
+            )
+        return cls(root, str(content["storage_id"]), disk)
+
+    @staticmethod
+    def _read_or_make(root: str, create: bool, disk: Disk) -> dict[str, object]:
+        path = f"{root}/{_FILE}"
+        if not disk.exists(path):
+            if not create:
+                raise StorageError(f"there is no storage at {root}", path=root)
+            _make(root, disk)
+        try:
+            return decode_checked(_FILE, disk.read(path), path)
+        except FileNotFoundError:
+            raise StorageError(f"there is no storage at {root}", path=root) from None
+
+    def ensure_directories(self) -> None:
+        """Make what a copy of the storage may have lost: directories that were empty."""
+        for name in _DIRECTORIES:
+            _ensure_directory(self.disk, f"{self.root}/{name}")
+
+    # Making runs
+
+    def create_run(self, event: RunCreated, *, lease: str = "") -> None:
+        """Make one run; it exists, durably, when this returns.
+
+        `lease` owns it: only `activate(run_id, lease, first=True)` continues its first epoch.
+
+        Raises:
+            RunExistsError: the id is taken, durably; nothing was written.
+            ConfigurationError: the id is no run id; nothing was written.
+            StorageError: the disk refused; whether the run exists is unknown, creating it again tells.
+        """
+        if not self.create_runs([event], lease=lease)[0]:
+            raise RunExistsError(f"run {event.run_id!r} exists in {self.root}", run_id=event.run_id)
+
+    def create_runs(self, events: Sequence[RunCreated], *, lease: str = "") -> list[bool]:
+        """Make many runs with shared syncs: for each, whether it was made (False: the id is taken, durably).
+
+        All are checked before any is written. Raises as `create_run`, but for RunExistsError.
+        """
+        for event in events:
+            check_run_id(event.run_id)
+            if event.storage_id != self.storage_id or event.seq != 0:
+                raise ConfigurationError(
+                    f"run {event.run_id!r}: run_created has storage id {event.storage_id!r} and seq {event.seq}, "
+                    f"needs {self.storage_id!r} and 0"
+                )
+        fresh: dict[str, bytes] = {}
+        chosen = [False] * len(events)
+        for number, event in enumerate(events):
+            if event.run_id not in fresh and not self.disk.exists(self._directory(event.run_id)):
+                fresh[event.run_id] = first_file(self.storage_id, event, lease)
+                chosen[number] = True
+        try:
+            self.ensure_directories()
+            made = self._publish(fresh)
+            # A taken id is an answer too: what its maker has not synced yet must not vanish after we gave it.
+            for shard in sorted({os.path.dirname(self._directory(event.run_id)) for event in events}):
+                self.disk.sync_dir(shard)
+            self.disk.sync_dir(f"{self.root}/active")
+        except OSError as error:
+            raise disk_error("creating runs in", self.root, error, "Nothing was acknowledged; try again") from error
+        for run_id in fresh.keys() - made:  # our entry may have come after the winner's run had ended
+            with contextlib.suppress(StorageError):
+                self.unlist_finished(run_id)
+        return [chosen[number] and event.run_id in made for number, event in enumerate(events)]
+
+    def _publish(self, files: dict[str, bytes]) -> set[str]:
+        """Give each run its directory, unless somebody else was faster; which ones are ours. Names are not synced."""
+        disk = self.disk
+        temporary = {run_id: f"{self.root}/tmp/{disk.token()}" for run_id in files}
+        try:
+            for run_id, data in files.items():
+                self._index.add(run_id, 0)
+                disk.mkdir(temporary[run_id])
+                disk.write_file(f"{temporary[run_id]}/{epoch_name(0)}", data, sync=False)
+                _ensure_directory(disk, os.path.dirname(self._directory(run_id)))
+            failpoint("create.before_sync")
+            # One after another once all are written: the first sync does most of the work for the others.
+            for run_id in files:
+                disk.sync_file(f"{temporary[run_id]}/{epoch_name(0)}")
+                disk.sync_dir(temporary[run_id])
+            # The index entry is durable before the run can be seen: a run that exists is never left out of recovery.
+            if files:
+                disk.sync_dir(f"{self.root}/active")
+            failpoint("create.before_rename")
+            made = set()
+            for run_id in files:
+                with contextlib.suppress(FileExistsError):
+                    disk.rename(temporary[run_id], self._directory(run_id))
+                    made.add(run_id)
+            failpoint("create.before_sync_dir")
+            return made
+        finally:
+            for path in temporary.values():
+                self._discard(path)
+
+    def _discard(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            self.disk.unlink(f"{path}/{epoch_name(0)}")
+            self.disk.rmdir(path)
+
+    # Reading runs
+
+    def read_run(self, run_id: str) -> RunHistory:
+        """The run's history: from any process, at any time, without a lock.
+
+        Raises:
+            RunNotFoundError: no such run here (or its journal was retired after a checkpoint took it over).
+            CorruptJournalError: a file of it is damaged; `.path` names its directory.
+            StorageError: it can't be read, or a newer version wrote it.
+        """
+        view = self._view(run_id)
+        accepted = view.accepted
+        if accepted.torn:
+            logger.info("run %s: a torn tail is ignored, %s", run_id, accepted.torn)
+        return RunHistory(
+            run_id=run_id,
+            events=view.events,
+            epochs=[epoch for epoch, _ in accepted.records],
+            epoch=accepted.newest,
+            lease=accepted.lease,
+            torn=bool(accepted.torn),
+            detail=accepted.torn,
+            finished=view.standing.finished,
+        )
+
+    def _view(self, run_id: str) -> View:
+        with self._finding(run_id) as place:
+            return read_view(place)
+
+    @contextlib.contextmanager
+    def _finding(self, run_id: str) -> Iterator[Place]:
+        """The run's place; RunNotFoundError where there is no run, or only the tombstone of one."""
+        place = self._place(run_id)
+        try:
+            yield place
+        except (FileNotFoundError, CorruptJournalError) as error:
+            if isinstance(error, CorruptJournalError) and not self.disk.exists(f"{place.directory}/{_RETIRED}"):
+                raise
+            raise RunNotFoundError(f"no run {run_id!r} in {self.root}", run_id=run_id) from None
+
+    def owner(self, run_id: str) -> Owner:
+        """Who holds the run, from the head of its newest file alone."""
+        with self._finding(run_id) as place:
+            newest = place.layout().newest
+            with contextlib.suppress(FileNotFoundError):
+                data = self.disk.read(place.path(newest), _HEAD_BYTES)
+                bodies = decode_records(data, chain_start(self.storage_id, run_id, newest)).bodies
+                head = parse_head(bodies[0]) if bodies else None
+                if head is not None and (head.run_id, head.epoch) == (run_id, newest):
+                    return Owner(newest, head.lease)
+        history = self.read_run(run_id)  # says what is wrong, or finds what moved meanwhile
+        return Owner(history.epoch, history.lease)
+
+    def list_run_ids(self, finished: bool | None = None) -> list[str]:
+        """Ids of all runs, or only of finished or unfinished ones, sorted. Opens no run: damage hides nothing.
+
+        A run that ended in a crash just before it left the index still counts as unfinished.
+        """
+        if finished is False:
+            return self.unfinished()
+        ids: set[str] = set()
+        try:
+            for shard in _listing(self.disk, f"{self.root}/runs"):
+                ids.update(filter(_is_run_id, _listing(self.disk, f"{self.root}/runs/{shard}")))
+        except OSError as error:
+            raise disk_error("listing", self.root, error) from error
+        if finished is True:
+            ids -= set(self.unfinished())
+        return sorted(ids)
+
+    def unfinished(self) -> list[str]:
+        """Ids of the runs in the index that exist, sorted."""
+        try:
+            return sorted(run_id for run_id in self._index.run_ids() if self.disk.exists(self._directory(run_id)))
+        except OSError as error:
+            raise disk_error("listing", self.root, error) from error
+
+    # Owning runs
+
+    def activate(
+        self, run_id: str, lease: str, *, first: bool = False, after: int | None = None
+    ) -> tuple[Journal, list[Event]]:
+        """Become the owner of a run: its journal, open for appending, and its accepted history.
+
+        Args:
+            lease: id of the caller's lease; it stands in the new epoch's file.
+            first: continue epoch 0, which `create_run` made for this lease. Its maker hands it out once; whoever does
+                not know whether that has happened leaves this false.
+            after: begin exactly the epoch after this one, as `orphans` saw it: of several takers one wins.
+
+        Raises:
+            FencedError: another owner was faster; the run is not ours.
+            RunNotFoundError, CorruptJournalError, StorageError: as `read_run`. Damage is found before anything is
+                written.
+        """
+        entries: set[int] = {0}
+
+        def on_finish(epoch: int) -> None:
+            self._unlist(run_id, {entry for entry in entries if entry <= epoch})
+
+        with self._finding(run_id) as place:
+            if first:
+                return continue_first(place, lease, on_finish)
+            journal, view = take_over(place, lease, on_finish, after=after)
+        try:
+            stands = view.standing
+            entries.add(stands.since_epoch)
+            if stands.finished:  # it is resumed: unfinished again before its first new event can be acknowledged
+                self._index.add(run_id, journal.epoch)
+                self.disk.sync_dir(f"{self.root}/active")
+                entries.add(journal.epoch)
+        except OSError as error:
+            journal.close()
+            raise disk_error("listing the run in", f"{self.root}/active", error) from error
+        fold(place, view, journal.epoch, self._fold_limit)
+        return journal, view.events
+
+    def unlist_finished(self, run_id: str) -> bool:
+        """Take a run that has ended out of the index, as `Journal.finish` does; False where it has not ended."""
+        view = self._view(run_id)
+        if view.standing.finished:
+            self._unlist(run_id, {0, view.standing.since_epoch, *self._index.entries(run_id, view.accepted.newest)})
+        return view.standing.finished
+
+    def _unlist(self, run_id: str, entries: Iterable[int]) -> None:
+        try:
+            for entry in sorted(entries):
+                self._index.remove(run_id, entry)
+        except OSError as error:
+            raise disk_error("unlisting the run in", f"{self.root}/active", error) from error
+
+    def retire_run(self, run_id: str) -> None:
+        """Remove the journal of a finished run that a checkpoint holds durably. Its id stays taken.
+
+        Raises:
+            StorageError: the run has not ended.
+        """
+        view = self._view(run_id)
+        place = self._place(run_id)
+        if not view.standing.finished:
+            raise StorageError(f"run {run_id!r} has not ended: its journal can't be retired", path=place.directory)
+        created = view.events[0]
+        assert isinstance(created, RunCreated)
+        self.unlist_finished(run_id)
+        tombstone = encode_checked(f"runs/{run_id}", {"run_id": run_id, "run_uid": created.run_uid})
+        try:
+            if not self.disk.exists(f"{place.directory}/{_RETIRED}"):
+                temporary = f"{place.temporary}/{self.disk.token()}"
+                self.disk.write_file(temporary, tombstone)
+                with contextlib.suppress(FileExistsError):
+                    self.disk.link(temporary, f"{place.directory}/{_RETIRED}")
+                self.disk.unlink(temporary)
+                self.disk.sync_dir(place.directory)
+            for name in self.disk.listdir(place.directory):
+                if name.endswith(".journal"):
+                    self.disk.unlink(f"{place.directory}/{name}")
+        except OSError as error:
+            raise disk_error("retiring", place.directory, error) from error
+
+    # Blobs
+
+    def put_blob(self, data: bytes) -> str:
+        """Store bytes durably under their SHA-256, which is returned; storing them again costs a look."""
+        digest = hashlib.sha256(data).hexdigest()
+        if digest in self._known_blobs:
+            return digest
+        path = self._blob(digest)
+        directory = os.path.dirname(path)
+        try:
+            _ensure_directory(self.disk, directory)
+            if not self.disk.exists(path) or self.disk.read(path) != data:
+                temporary = f"{self.root}/tmp/{self.disk.token()}"
+                self.disk.write_file(temporary, data)
+                self.disk.rename(temporary, path)  # replaces a damaged one
+            self.disk.sync_dir(directory)
+        except OSError as error:
+            raise disk_error("storing", path, error) from error
+        self._known_blobs.add(digest)
+        return digest
+
+    def get_blob(self, digest: str) -> bytes:
+        """The bytes stored under `digest`.
+
+        Raises:
+            CorruptJournalError: what lies there has another hash.
+            StorageError: nothing lies there, or it can't be read.
+        """
+        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise StorageError(f"{digest!r} names no blob: 64 hexadecimal digits do", path=self.root)
+        path = self._blob(digest)
+        try:
+            data = self.disk.read(path)
+        except OSError as error:
+            raise disk_error("reading", path, error) from error
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise CorruptJournalError(f"{path} is damaged: its content has another hash than its name", path=path)
+        return data
+
+    # Paths
+
+    def _blob(self, digest: str) -> str:
+        return f"{self.root}/blobs/{digest[:2]}/{digest}"
+
+    def _directory(self, run_id: str) -> str:
+        check_run_id(run_id)
+        return f"{self.root}/runs/{hashlib.sha256(run_id.encode()).hexdigest()[:2]}/{run_id}"
+
+    def _place(self, run_id: str) -> Place:
+        return Place(self.disk, self._directory(run_id), f"{self.root}/tmp", self.storage_id, run_id)
+
+
+def _is_run_id(name: str) -> bool:
+    try:
+        check_run_id(name)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _listing(disk: Disk, path: str) -> list[str]:
+    try:
+        return disk.listdir(path)
+    except FileNotFoundError:
+        return []  # a copy of the storage may leave out empty directories
+
+
+def _ensure_directory(disk: Disk, path: str) -> None:
+    """Make a directory whose name is durable before anything in it is acknowledged."""
+    if not disk.exists(path):
+        with contextlib.suppress(FileExistsError):
+            disk.mkdir(path)
+        disk.sync_dir(os.path.dirname(path))
+
+
+def _missing_ancestors(root: str) -> Iterator[str]:
+    path = root
+    while not os.path.isdir(path):
+        yield path
+        path = os.path.dirname(path)
+
+
+def _make_directories(root: str, disk: Disk) -> None:
+    """All that runs are made in, durable before the storage can be found, so that making a run syncs no more of it."""
+    paths = [f"{root}/{name}" for name in _DIRECTORIES] + [f"{root}/runs/{shard:02x}" for shard in range(256)]
+    for path in paths:
+        with contextlib.suppress(FileExistsError):
+            disk.mkdir(path)
+    disk.sync_dir(f"{root}/runs")
+    disk.sync_dir(root)
+
+
+def _make(root: str, disk: Disk) -> None:
+    """Make a storage in a directory that is missing or empty. Of several makers one wins, and all find its id."""
+    if os.path.lexists(root) and not os.path.isdir(root):
+        raise ConfigurationError(f"storage={root!r} is no directory")
+    for path in reversed(list(_missing_ancestors(root))):
+        with contextlib.suppress(FileExistsError):
+            disk.mkdir(path)
+        disk.sync_dir(os.path.dirname(path))
+    names = [name for name in disk.listdir(root) if not name.startswith(f".{_FILE}.")]
+    if _FILE in names:
+        return
+    others = sorted(set(names) - set(_DIRECTORIES))
+    if others:
+        raise ConfigurationError(
+            f"storage={root!r} holds other files ({others[0]!r}): give a directory that is empty or missing"
+        )
+    if any(_listing(disk, f"{root}/runs/{shard}") for shard in _listing(disk, f"{root}/runs")):
+        raise CorruptJournalError(f"{root}/{_FILE} is missing from a storage that holds runs: restore it", path=root)
+    _make_directories(root, disk)
+    temporary = f"{root}/.{_FILE}.{disk.token()}"
+    content = {"kind": "pyworkflow-ray storage", "format": FORMAT_VERSION, "storage_id": new_id()}
+    disk.write_file(temporary, encode_checked(_FILE, content))
+    try:
+        disk.link(temporary, f"{root}/{_FILE}")
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP):
+            raise ConfigurationError(f"storage={root!r}: its file system has no hard links, use a local disk") from None
+        if not isinstance(error, FileExistsError):
+            raise
+    finally:
+        disk.unlink(temporary)
+    disk.sync_dir(root)
