@@ -221,5 +221,9 @@ class _Package(types.ModuleType):
         if not (name in _HOMES and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # code that goes by value has this package among its globals; picklers know modules by their exact class
+        return importlib.import_module, (self.__name__,)
+
 
 sys.modules[__name__].__class__ = _Package

@@ -9,7 +9,10 @@ import functools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
 
+from pyworkflow_ray.engine.calls import StepRequest
+from pyworkflow_ray.engine.loop import current_workflow
 from pyworkflow_ray.errors import ConfigurationError
+from pyworkflow_ray.execution.code import describe_step
 from pyworkflow_ray.execution.definitions import DefinitionError, StepDefinition
 from pyworkflow_ray.execution.options import check_step_options
 
@@ -48,8 +51,6 @@ class Step(Generic[P, R]):
             TypeError: the arguments do not fit the signature.
             pydantic.ValidationError: an argument does not fit its annotation; inside a workflow when awaited.
         """
-        from pyworkflow_ray.engine.loop import current_workflow
-
         engine = current_workflow()
         if engine is not None:
             return self._call_durably(engine, args, kwargs)
@@ -61,9 +62,6 @@ class Step(Generic[P, R]):
     async def _call_durably(self, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         # The arguments are checked when the call is awaited, so that a wrong one in `gather(a(1), b("x"))` neither
         # leaves the calls before it unawaited nor is raised outside the task it belongs to.
-        from pyworkflow_ray.engine.calls import StepRequest
-        from pyworkflow_ray.execution.code import describe_step
-
         definition = self.definition
         given, named = definition.validate(args, kwargs)
         request = StepRequest(

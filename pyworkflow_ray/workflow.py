@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar, overload
 
+from pyworkflow_ray.engine.loop import current_workflow
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.definitions import DefinitionError, WorkflowDefinition
 from pyworkflow_ray.execution.options import RUN_OPTIONS, WORKFLOW_OPTIONS, check_workflow_options, nearest, shown
@@ -53,8 +54,6 @@ class Workflow(Generic[P, R]):
             TypeError: outside a workflow.
             ConfigurationError: inside a workflow: child runs are not available in this version.
         """
-        from pyworkflow_ray.engine.loop import current_workflow
-
         name = self.__name__
         if current_workflow() is not None:
             raise ConfigurationError(

@@ -34,12 +34,8 @@ from pyworkflow_ray.execution.snapshot import (
     Snapshot,
     dump_step,
     dump_workflow,
-    find_class,
-    install_classes,
     load,
 )
-
-__all__ = ["describe_step", "describe_workflow", "find_class", "load_step", "load_workflow", "local_code"]
 
 _LOCAL = "local"  # the `ref` of code that stays in this process
 _KEPT = 64  # snapshots and steps by value kept in a process: a notebook makes a new one for each edited cell
@@ -91,7 +87,7 @@ def load_workflow(code: CodeRef, get_snapshot: Callable[[str], bytes]) -> Workfl
     elif code.ref == _LOCAL:
         found = _local_definition(code)
     else:
-        found = _snapshot(code, get_snapshot).workflow
+        found = _snapshot(code, get_snapshot).definition
     if not isinstance(found, WorkflowDefinition):
         raise ConfigurationError(f"the stored code {code.ref} holds no workflow {code.name!r}")
     return found
@@ -226,12 +222,11 @@ def _snapshot(code: CodeRef, get_snapshot: Callable[[str], bytes]) -> Snapshot:
     with _lock:  # two threads must not load it twice: there would be two of each class
         snapshot: Snapshot | None = _snapshots.get(ref)
         if snapshot is None:
-            definition, snapshot = load(get_snapshot(ref), ref)
-            definition.snapshot = (ref, definition.name)
+            snapshot = load(get_snapshot(ref), ref)
+            snapshot.definition.snapshot = (ref, snapshot.definition.name)
             for key, step in snapshot.steps.items():
                 step.snapshot = (ref, key)
             _snapshots.put(ref, snapshot)
-        install_classes(snapshot)
     return snapshot
 
 
@@ -243,8 +238,7 @@ def _step_by_value(code: CodeRef, decode: Callable[[Payload], Any]) -> Any:
     with _lock:
         found = _values.get(key)
         if found is None:
-            found, snapshot = load(data, f"of step {code.name!r}")
-            install_classes(snapshot)
+            found = load(data, f"of step {code.name!r}").definition
             _values.put(key, found)
     return found
 

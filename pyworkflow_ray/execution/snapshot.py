@@ -1,15 +1,14 @@
 """Code by value: a workflow and all its steps in one cloudpickle, so that another process runs the same code.
 
 Called by `code`; calls `definitions`. One snapshot, because what is pickled together stays one: the exception class a
-step raises is the class that the workflow's `except` names. Pickled twice they would be kept one only by cloudpickle's
-class tracker, which this module leans on for steps made later, inside a running flow.
+step raises is the class that the workflow's `except` names. Values and errors that are pickled later find it again by
+cloudpickle's class tracker: a class that came out of a snapshot goes back under the number it had there.
 
 What is inside: a header line, then two pickles of one pickler. The first is the workflow, the second every step by
-value that it reaches, under a key, and every class by value. Modules under the import roots stay references.
+value that it reaches, under a key. Modules under the import roots stay references.
 
 Faults: a global that can't be pickled (client, lock: named, with the remedy); another minor version of Python (refused:
-bytecode fits only its own); a changed global (the cache of `SnapshotCache` is checked against the names that the
-functions look up, and left out where one of them can change in place).
+bytecode fits only its own); a global that was changed since (a dump says whether it still is what a new one would be).
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import json
 import logging
 import pickle
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -43,11 +41,10 @@ _FIXED = (str, int, float, bool, bytes, type(None), types.ModuleType, types.Buil
 
 
 class Snapshot(NamedTuple):
-    """Code loaded by value. `steps` by key, `classes` by module and qualified name."""
+    """Code loaded by value: the definition that was dumped, and the steps by value that it reaches, by key."""
 
-    workflow: WorkflowDefinition | None
+    definition: Definition
     steps: dict[str, StepDefinition]
-    classes: dict[tuple[str, str], type]
 
 
 class Dump(NamedTuple):
@@ -108,8 +105,7 @@ def _dump(obj: Definition, owner: Definition) -> Dump:
     strange = _modules_by_value(owner)
     try:
         pickler.dump(obj)
-        steps = {key: step for key, step in _keyed(pickler.steps)}
-        pickler.dump((steps, {(cls.__module__, cls.__qualname__): cls for cls in pickler.classes}))
+        pickler.dump(dict(_keyed(pickler.steps)))
     except Exception as error:
         raise _explain(owner, pickler.functions, error) from error
     finally:
@@ -118,8 +114,8 @@ def _dump(obj: Definition, owner: Definition) -> Dump:
     return Dump(file.getvalue(), _watch(pickler))
 
 
-def load(data: bytes, where: str = "") -> tuple[Definition, Snapshot]:
-    """What `dump_workflow` or `dump_step` wrote: the definition itself and the snapshot around it.
+def load(data: bytes, where: str = "") -> Snapshot:
+    """What `dump_workflow` or `dump_step` wrote.
 
     Raises:
         ConfigurationError: it is no snapshot, of another Python, or its modules can't be imported here.
@@ -135,8 +131,7 @@ def load(data: bytes, where: str = "") -> tuple[Definition, Snapshot]:
         )
     unpickler = pickle.Unpickler(io.BytesIO(body))
     try:
-        definition = unpickler.load()
-        steps, classes = unpickler.load()
+        return Snapshot(unpickler.load(), unpickler.load())
     except ConfigurationError:
         raise
     except Exception as error:
@@ -144,8 +139,6 @@ def load(data: bytes, where: str = "") -> tuple[Definition, Snapshot]:
             f"the stored code of {header['name']!r} can't be loaded here: {type(error).__name__}: {error}. "
             f"Import path: {', '.join(sys.path[:8])}"
         ) from error
-    workflow = definition if isinstance(definition, WorkflowDefinition) else None
-    return definition, Snapshot(workflow, steps, classes)
 
 
 def _keyed(steps: list[StepDefinition]) -> Iterator[tuple[str, StepDefinition]]:
@@ -154,43 +147,6 @@ def _keyed(steps: list[StepDefinition]) -> Iterator[tuple[str, StepDefinition]]:
     for step in steps:
         number = seen[step.name] = seen.get(step.name, 0) + 1
         yield (step.name if number == 1 else f"{step.name}#{number}"), step
-
-
-# Classes of __main__ ----------------------------------------------------------------------------------------------
-
-_installed: dict[tuple[str, str], type] = {}
-_install_lock = threading.Lock()
-
-
-def install_classes(snapshot: Snapshot) -> None:
-    """Make the snapshot's module-level classes findable where their names say, for pickles of values by reference.
-
-    A value of a class of the driver's `__main__` is pickled as `__main__.Order` and read in another process, whose
-    `__main__` is Ray's worker. A name that was there before is never touched.
-    """
-    with _install_lock:
-        for (module_name, qualname), cls in snapshot.classes.items():
-            module = sys.modules.get(module_name)
-            _installed[module_name, qualname] = cls
-            if module is None or "." in qualname:
-                continue
-            there = getattr(module, qualname, None)
-            ours = getattr(there, "__pyworkflow_ray_installed__", None) == (module_name, qualname)
-            if (there is None or ours) and there is not cls:
-                _mark(cls, (module_name, qualname))
-                setattr(module, qualname, cls)
-
-
-def find_class(module: str, qualname: str) -> type | None:
-    """The class of this name in the code by value that this process loaded last, None where there is none."""
-    return _installed.get((module, qualname))
-
-
-def _mark(cls: type, key: tuple[str, str]) -> None:
-    try:
-        type.__setattr__(cls, "__pyworkflow_ray_installed__", key)
-    except (TypeError, AttributeError):
-        pass  # it is then never replaced by a newer one of its name
 
 
 # Is a dump still current? -----------------------------------------------------------------------------------------

@@ -131,7 +131,14 @@ def test_short_name_is_the_qualname_where_it_is_unique(module: Importer) -> None
 
 @pytest.mark.parametrize(
     "thing",
-    [5, None.__class__, len, functools.partial(print, 1), staticmethod(lambda: 1), type("Callable", (), {"__call__": print})()],
+    [
+        5,
+        None.__class__,
+        len,
+        functools.partial(print, 1),
+        staticmethod(lambda: 1),
+        type("Callable", (), {"__call__": print})(),
+    ],
 )
 def test_only_functions_become_steps(thing: Any) -> None:
     with pytest.raises(DefinitionError, match="is no function"):

@@ -145,7 +145,9 @@ def test_defaults_are_those_of_the_contract() -> None:
 
 
 def test_durations_become_seconds() -> None:
-    policy = check_step_options({"retry_delay": "500ms", "max_retry_delay": dt.timedelta(hours=2), "timeout": "1h30m"}).policy
+    policy = check_step_options(
+        {"retry_delay": "500ms", "max_retry_delay": dt.timedelta(hours=2), "timeout": "1h30m"}
+    ).policy
     assert (policy.retry_delay_s, policy.max_retry_delay_s, policy.timeout_s) == (0.5, 7200.0, 5400.0)
 
 
@@ -199,10 +201,15 @@ def test_bad_workflow_option_is_refused_by_name(option: str, value: Any) -> None
 
 def test_workflow_options_are_read() -> None:
     options = check_workflow_options({"name": "checkout", "version": 7, "max_duration": "2h", "max_recoveries": 0})
-    assert (options.name, options.version, options.max_duration_s, options.max_recoveries) == ("checkout", "7", 7200.0, 0)
+    assert (options.name, options.version, options.max_duration_s, options.max_recoveries) == (
+        "checkout",
+        "7",
+        7200.0,
+        0,
+    )
     assert check_workflow_options({}).max_recoveries == 20
 
 
 def test_actor_options_are_not_available_yet() -> None:
-    with pytest.raises(pw.ConfigurationError, match="actor_options=.*is not available in this version"):
+    with pytest.raises(pw.ConfigurationError, match=r"actor_options=.*is not available in this version"):
         pw.workflow(actor_options={"num_cpus": 1})  # type: ignore[call-overload]

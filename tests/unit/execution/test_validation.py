@@ -140,9 +140,14 @@ def test_annotation_that_cannot_be_resolved_is_tolerated_and_the_others_hold() -
 
 
 def test_annotation_pydantic_has_no_schema_for_is_tolerated() -> None:
-    def f(a: Annotated[Any, "note"], b: 5, c: int) -> None: ...  # type: ignore[valid-type]
+    class Hostile:
+        @classmethod
+        def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+            raise RuntimeError("no schema")
 
-    assert validated(f, 1, 2, "3")[0][2] == 3
+    def f(a: Annotated[Any, "note"], b: Hostile, c: int) -> None: ...
+
+    assert validated(f, 1, 2, "3") == ((1, 2, 3), {})
 
 
 def test_local_class_of_a_function_is_found() -> None:
