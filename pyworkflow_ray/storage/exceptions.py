@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import pickle
+import threading
 import types
 from typing import Any, cast
 
@@ -42,6 +43,8 @@ _SKIPPED_SLOTS = {"obj"}  # AttributeError.obj and NameError.obj: a live object 
 _LEFT_OUT = "pyworkflow-ray: left out when this exception was stored: "
 
 Recipe = dict[str, Any]
+_local = threading.local()
+_BASE: Any = BaseException  # its descriptors, for the __setattr__ of a frozen dataclass would refuse
 
 
 # Taking apart -----------------------------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ class _Writer:
         self.allow_pickle = allow_pickle
         self.nodes: list[dict[str, Any]] = []
         self.index: dict[int, int] = {}
-        self.open: set[int] = set()
+        self.open = _open_ids()
 
     def node(self, error: BaseException) -> int | None:
         """Index of the node of `error`; None where a cycle or a long chain is cut."""
@@ -92,14 +95,16 @@ class _Writer:
         node: dict[str, Any] = {}
         self.nodes.append(node)
         left_out: list[str] = []
-        self._own(error, node, left_out)
-        self._links(error, node)
+        try:
+            self._own(error, node, left_out)
+            self._links(error, node, left_out)
+        finally:
+            self.open.discard(id(error))
         if left_out:
             node["left_out"] = left_out
         plain = class_ref(type(error)) == node["cls"] and node["cls"].startswith("builtins:")
         if plain and set(node) <= {"cls", "args", "cause", "context", "suppress"} and _all_json(node["args"]):
             node["plain"] = 1
-        self.open.discard(id(error))
         return index
 
     def _own(self, error: BaseException, node: dict[str, Any], left_out: list[str]) -> None:
@@ -111,7 +116,7 @@ class _Writer:
             raise PayloadError(f"{cls.__qualname__} can't be imported elsewhere, and pickles are switched off")
         else:
             node["cls"] = ref
-        args = tuple(BaseException.args.__get__(error))  # type: ignore[attr-defined]
+        args = tuple(_BASE.args.__get__(error))
         if isinstance(error, BaseExceptionGroup):
             node["message"] = clean_text(str(error.message), MAX_NOTE_CHARS)
             args = ()
@@ -125,10 +130,12 @@ class _Writer:
             if kept:
                 node[field] = kept
 
-    def _links(self, error: BaseException, node: dict[str, Any]) -> None:
+    def _links(self, error: BaseException, node: dict[str, Any], left_out: list[str]) -> None:
         if isinstance(error, BaseExceptionGroup):
             members = [self.node(member) for member in error.exceptions]
             node["members"] = [member for member in members if member is not None]
+            if None in members:
+                left_out.append(f"{members.count(None)} of its {len(members)} members")
         for name, linked in (("cause", error.__cause__), ("context", error.__context__)):
             index = self.node(linked) if linked is not None else None
             if index is not None:
@@ -139,6 +146,11 @@ class _Writer:
     def _part(self, name: str, value: Any, left_out: list[str], keep: bool = False) -> list[Any] | None:
         """The stored form of one argument or attribute. One that has none is named; `keep` puts a text in its place."""
         try:
+            if isinstance(value, BaseException):
+                index = self.node(value)
+                if index is None:
+                    raise PayloadError("a cycle")
+                return ["error", index]
             try:
                 return ["json", encode_json(value, MAX_PART_BYTES).data]
             except NotJson:
@@ -185,6 +197,14 @@ def _base64(text: bytes) -> str:
     return base64.b64encode(text).decode()
 
 
+def _open_ids() -> set[int]:
+    """Ids of the exceptions that this thread is taking apart: one met again inside itself, wherever, is cut."""
+    ids: set[int] | None = getattr(_local, "ids", None)
+    if ids is None:
+        ids = _local.ids = set()
+    return ids
+
+
 # Putting together -------------------------------------------------------------------------------------------------
 
 
@@ -196,38 +216,46 @@ def rebuild(recipe: Recipe, allow_pickle: bool) -> BaseException:
             raise PayloadError(f"a stored exception was decoded as {pickling.type_name(found)}")
         return found
     nodes: list[dict[str, Any]] = recipe["nodes"]
-    made: list[BaseException | None] = [None] * len(nodes)
-    for index in range(len(nodes) - 1, -1, -1):  # members of a group come after it in the list, and must be made first
-        made[index] = _make(nodes[index], made, allow_pickle)
-    for node, error in zip(nodes, made, strict=True):
-        assert error is not None
+    made: dict[int, BaseException] = {}
+    for index, node in enumerate(nodes):
+        error = _make(index, nodes, made, allow_pickle)
         if "cause" in node:
-            error.__cause__ = made[node["cause"]]
+            _BASE.__cause__.__set__(error, _make(node["cause"], nodes, made, allow_pickle))
         if "context" in node:
-            error.__context__ = made[node["context"]]
-        error.__suppress_context__ = bool(node.get("suppress"))
-    return cast(BaseException, made[0])
+            _BASE.__context__.__set__(error, _make(node["context"], nodes, made, allow_pickle))
+        _BASE.__suppress_context__.__set__(error, bool(node.get("suppress")))
+    return made[0]
 
 
-def _make(node: dict[str, Any], made: list[BaseException | None], allow_pickle: bool) -> BaseException:
+def _make(index: int, nodes: list[dict[str, Any]], made: dict[int, BaseException], allow_pickle: bool) -> BaseException:
+    """Exception number `index`, made once, and before it the exceptions among its members and attributes."""
+    if index in made:
+        return made[index]
+    node = nodes[index]
+
+    def value(part: list[Any]) -> Any:
+        return _make(part[1], nodes, made, allow_pickle) if part[0] == "error" else _value(part, allow_pickle)
+
     ref = node["cls"]
     cls = find_class(ref) if isinstance(ref, str) else _unpickle(ref["value"], allow_pickle)
     if not (isinstance(cls, type) and issubclass(cls, BaseException)):
         raise PayloadError(f"{ref} of a stored exception is no exception class")
     error: BaseException
     if issubclass(cls, BaseExceptionGroup):
-        members = [made[index] for index in node.get("members", [])]
+        members = [_make(member, nodes, made, allow_pickle) for member in node.get("members", [])]
+        members = members or [RuntimeError("the members of this group were left out")]  # an empty group can't exist
         error = BaseExceptionGroup.__new__(cls, node.get("message", ""), cast(Any, members))
     else:
         base: type = cls
         while base.__flags__ & _HEAP_TYPE:
             base = cast(type, base.__base__)
         error = base.__new__(cls)  # type: ignore[call-overload]
-        args = tuple(_value(part, allow_pickle) for part in node["args"])
-        BaseException.args.__set__(error, args)  # type: ignore[attr-defined]
+        args = tuple(value(part) for part in node["args"])
+        _BASE.args.__set__(error, args)
     for name, part in node.get("slots", {}).items():
-        _set_slot(error, name, _value(part, allow_pickle))
-    error.__dict__.update({name: _value(part, allow_pickle) for name, part in node.get("state", {}).items()})
+        _set_slot(error, name, value(part))
+    made[index] = error
+    error.__dict__.update({name: value(part) for name, part in node.get("state", {}).items()})
     notes = list(node.get("notes", ()))
     if node.get("left_out"):
         notes.append(_LEFT_OUT + "; ".join(node["left_out"]))
@@ -237,7 +265,6 @@ def _make(node: dict[str, Any], made: list[BaseException | None], allow_pickle: 
 
 
 def _set_slot(error: BaseException, name: str, value: Any) -> None:
-    # Through the descriptor: the __setattr__ of a frozen dataclass would refuse.
     for cls in type(error).__mro__:
         descriptor = cls.__dict__.get(name)
         if isinstance(descriptor, types.MemberDescriptorType):
@@ -278,6 +305,8 @@ def holds_pickle(recipe: Recipe) -> bool:
 
 def reduce_exception(error: BaseException) -> Any:
     """How the pickler stores an exception that lies somewhere inside a value: by its recipe, else by its own means."""
+    if id(error) in _open_ids():
+        raise PayloadError(f"a {pickling.type_name(error)} contains itself")
     recipe = take_apart(error, allow_pickle=True)
     if recipe is None or "whole" in recipe:
         return NotImplemented

@@ -97,9 +97,9 @@ def dump_checked(value: Any, limit: int) -> bytes:
         text = dump(value, limit)
     except TooLarge:
         raise
-    except RecursionError:
-        raise PayloadError(f"a {type_name(value)} can't be stored: it is nested too deeply to be pickled") from None
     except Exception as error:
+        if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
+            raise PayloadError(f"a {type_name(value)} can't be stored: it is nested too deeply to be pickled") from None
         where = _culprit(value, lambda part: dump(part, limit))
         raise PayloadError(
             f"a {type_name(value)} can't be stored: {where}can't be pickled ({type(error).__name__}: {error}). "
