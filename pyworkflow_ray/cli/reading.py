@@ -1,0 +1,141 @@
+"""Runs read straight from the storage, explained: no Ray, no lock, while their owners go on writing.
+
+Called by the commands that show runs. Faults: no storage at the path, an unknown run, a damaged journal (named, and
+never hiding the others), a torn tail of an unfinished journal (the prefix is shown and the view says so).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyworkflow_ray.cli.options import storage_root
+from pyworkflow_ray.engine.events import Event
+from pyworkflow_ray.errors import PyWorkflowError, RunNotFoundError, StorageError
+from pyworkflow_ray.observability.model import RunView
+from pyworkflow_ray.observability.view import explain
+from pyworkflow_ray.observability.words import short_name
+
+if TYPE_CHECKING:
+    import datetime as dt
+
+    from pyworkflow_ray.storage.storage import Storage
+
+
+@dataclass
+class Reader:
+    """An open storage for reading. `now` is asked once a screen, so that all its ages agree."""
+
+    storage: Storage | None
+    root: Path
+    zone: dt.tzinfo
+    alive: dict[str, bool | None] = field(default_factory=dict)
+
+    def view(self, run_id: str, now: float | None = None) -> RunView:
+        return self.read(run_id, now)[0]
+
+    def read(self, run_id: str, now: float | None = None) -> tuple[RunView, list[Event]]:
+        """The view of a run and its events.
+
+        Raises:
+            RunNotFoundError: the storage has no such run.
+            CorruptJournalError: a file of it is damaged.
+        """
+        if self.storage is None:
+            raise RunNotFoundError(f"no run {run_id!r} in {self.root}: there is no storage yet", run_id=run_id)
+        history = self.storage.read_run(run_id)
+        events = list(history.events)
+        now = time.time() if now is None else now
+        view = explain(events, now, tz=self.zone, owner_alive=self._alive(history.lease), torn=history.torn)
+        return view, events
+
+    def views(self, now: float) -> Iterator[RunView | PyWorkflowError]:
+        """Every run, in no particular order; of a damaged one its error, with the run named in it."""
+        if self.storage is None:
+            return
+        for run_id in self.storage.list_run_ids(None):
+            try:
+                yield self.view(run_id, now)
+            except RunNotFoundError:
+                continue  # it went while we listed
+            except (StorageError, ValueError) as error:
+                yield named(run_id, error)
+
+    def _alive(self, lease: str) -> bool | None:
+        if not lease or self.storage is None:
+            return None
+        if lease not in self.alive:
+            self.alive[lease] = lease_alive(self.storage, lease)
+        return self.alive[lease]
+
+
+def named(run_id: str, error: Exception) -> PyWorkflowError:
+    """The error with its run in the message."""
+    text = str(error)
+    return StorageError(text if run_id in text else f"run {run_id}: {text}", path=getattr(error, "path", ""))
+
+
+def lease_alive(storage: Storage, lease: str) -> bool | None:
+    """Whether a living process holds the lease; None where that can't be told. Marks nothing.
+
+    Only where the kernel's list shows no holder (it hides those of other containers) is the lock tried, and let go at
+    once: taken for that instant it can do no more than make a `recover` at the same moment look again later.
+    """
+    path = Path(storage.root) / "leases" / f"{lease}.lease"
+    if path.with_suffix(".dead").exists():
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        if f":{os.fstat(fd).st_ino} " in Path("/proc/locks").read_text():
+            return True
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def open_reader(given: Path | None, zone: dt.tzinfo) -> Reader:
+    """The storage of a command. Where the default one does not exist yet there are no runs.
+
+    Raises:
+        StorageError: `--storage` names a directory that is no storage.
+    """
+    from pyworkflow_ray.storage.storage import Storage
+
+    root = storage_root(given)
+    if not root.exists():
+        if given is not None:
+            raise StorageError(f"no storage at {root}: the directory does not exist", path=str(root))
+        return Reader(None, root, zone)
+    return Reader(Storage.open(root, create=False), root, zone)
+
+
+@dataclass
+class Filter:
+    """What `runs list` shows. A state and a status are asked for alike: both name what the run is now."""
+
+    states: frozenset[str] = frozenset()
+    workflow: str | None = None
+    since_s: float | None = None
+    attributes: dict[str, str] = field(default_factory=dict)
+
+    def takes(self, view: RunView) -> bool:
+        if self.states and view.state not in self.states and view.status not in self.states:
+            return False
+        if self.workflow is not None and self.workflow not in (view.workflow, short_name(view.workflow)):
+            return False
+        if self.since_s is not None and (view.now - view.created_at).total_seconds() > self.since_s:
+            return False
+        return all(str(view.attributes.get(name)) == value for name, value in self.attributes.items())

@@ -1,0 +1,278 @@
+"""`run`, `recover`, `runs cancel`, `runs resume`: what starts or changes runs, through the api.
+
+Faults: a module that can't be imported or names no workflow, input that is no JSON object or does not fit the
+signature (usage: nothing is created), Ctrl-C (130; on an embedded Ray the run is cancelled, on a cluster it goes on).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyworkflow_ray.cli import options as opt
+from pyworkflow_ray.cli import render
+from pyworkflow_ray.cli.reading import Reader, open_reader
+from pyworkflow_ray.cli.screen import Screen, error_line, note_line, to_json
+from pyworkflow_ray.errors import PyWorkflowError, RunNotFoundError
+from pyworkflow_ray.ids import check_run_id, new_run_id
+
+
+@click.command()
+@click.argument("target", metavar="MODULE:FLOW")
+@click.option(
+    "--input", "input_text", default="{}", metavar="JSON", help="A JSON object of keyword arguments; - reads stdin."
+)
+@click.option("--run-id", help="The run's id. Default: a new one.")
+@click.option("--address", help="A Ray cluster. Default: RAY_ADDRESS, a running local cluster, a new local one.")
+@opt.utc_option
+@opt.json_option
+@opt.storage_option
+def run(
+    target: str,
+    input_text: str,
+    run_id: str | None,
+    address: str | None,
+    utc: bool,
+    as_json: bool,
+    storage_path: Path | None,
+) -> int:
+    """Start a run of a workflow, wait for it, and explain how it ended.
+
+    The result alone goes to stdout (--json: the whole view); progress and errors go to stderr. Exit code 1 when the run
+    did not complete. Example: pyworkflow-ray run shop.flows:checkout --input '{"order_id": "42"}'
+    """
+    flow = load_flow(target)
+    kwargs = parse_input(input_text, flow)
+    run_id = check_run_id(run_id) if run_id is not None else new_run_id()
+    import pyworkflow_ray as pw
+
+    pw.init(storage=opt.storage_root(storage_path), address=address)
+    try:
+        note_line(f"{flow.definition.name} runs as {run_id}")
+        error: BaseException | None = None
+        try:
+            pw.run(flow.options(run_id=run_id), **kwargs)
+        except KeyboardInterrupt:
+            raise
+        except Exception as raised:  # the workflow's own exception: the view says what it was
+            error = raised
+        return _report(open_reader(storage_path, opt.zone(utc)), run_id, as_json, error)
+    finally:
+        pw.shutdown()
+
+
+def _report(reader: Reader, run_id: str, as_json: bool, error: BaseException | None) -> int:
+    """The result on stdout and, of a run that did not complete, its three lines on stderr."""
+    try:
+        view = reader.view(run_id)
+    except RunNotFoundError:
+        if error is not None:
+            raise error from None
+        raise
+    if isinstance(error, PyWorkflowError) and view.status not in ("failed", "cancelled", "paused"):
+        raise error  # it is about the call (RunExistsError, StorageError), not how the run ended
+    screen = Screen()
+    if as_json:
+        screen.raw(to_json(view.model_dump(mode="json")))
+    elif view.status == "completed":
+        screen.raw(json.dumps(view.result, ensure_ascii=screen.encoding.lower() not in ("utf-8", "utf8"), default=str))
+    screen.flush()
+    if view.status != "completed" or not as_json:
+        render.run_show(Screen(sys.stderr), view, reader.zone)
+    return 0 if view.status == "completed" else 1
+
+
+def load_flow(target: str) -> Any:
+    """The workflow at MODULE:FLOW.
+
+    Raises:
+        click.UsageError: it can't be imported, or is no workflow; the message says which.
+    """
+    from pyworkflow_ray.workflow import Workflow
+
+    module_name, sign, path = target.partition(":")
+    if not sign or not module_name or not path:
+        raise click.UsageError(f"{target!r} is not MODULE:FLOW, for example shop.flows:checkout")
+    if module_name.endswith(".py") or "/" in module_name:
+        dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        raise click.UsageError(f"{module_name!r} is a file: name the module, {dotted}:{path}")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise click.UsageError(f"no module {module_name!r} in {sys.path[0]} nor on the import path") from None
+        raise click.UsageError(f"module {module_name!r} needs module {error.name!r}, which is not installed") from None
+    except PyWorkflowError as error:
+        raise click.UsageError(f"module {module_name!r}: {error}") from None
+    except Exception as error:
+        place = _last_line_of(error)
+        raise click.UsageError(
+            f"module {module_name!r} fails to import: {type(error).__name__}: {error}{place}"
+        ) from None
+    found: Any = module
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if isinstance(found, Workflow):
+        return found
+    flows = sorted(name for name, value in vars(module).items() if isinstance(value, Workflow))
+    has = f"it has {', '.join(flows)}" if flows else "it has none; decorate an async def with @workflow"
+    what = "is not there" if found is None else f"is {type(found).__name__}, no workflow"
+    raise click.UsageError(f"{path!r} of module {module_name!r} {what}: {has}")
+
+
+def _last_line_of(error: Exception) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace is not None else ""
+
+
+def parse_input(text: str, flow: Any) -> dict[str, Any]:
+    """The keyword arguments of `--input`, checked against the workflow's signature.
+
+    Raises:
+        click.UsageError: no JSON, no object, or arguments that do not fit.
+    """
+    if text == "-":
+        text = sys.stdin.read()
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except ValueError as error:
+        raise click.UsageError(f"--input is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise click.UsageError(f"--input is a JSON object of keyword arguments, not {type(value).__name__}")
+    from pydantic import ValidationError
+
+    try:
+        flow.definition.arguments.validate((), dict(value))
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'input'}: {e['msg']}" for e in error.errors())
+        raise click.UsageError(f"--input does not fit {_call(flow)}: {wrong}") from None
+    except TypeError as error:
+        raise click.UsageError(f"--input does not fit {_call(flow)}: {error}") from None
+    return value
+
+
+def _call(flow: Any) -> str:
+    return f"{flow.definition.fn.__name__}{flow.definition.signature}"
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+@click.command()
+@click.argument("run_id")
+@click.option("--reason", help="Recorded with the run.")
+@click.option("--address", help="A Ray cluster, as for `run`.")
+@opt.utc_option
+@opt.json_option
+@opt.storage_option
+def cancel(
+    run_id: str, reason: str | None, address: str | None, utc: bool, as_json: bool, storage_path: Path | None
+) -> int:
+    """Cancel a run: CancelledError is raised in it, its clean-up may still run, and it ends as cancelled."""
+    reader = open_reader(storage_path, opt.zone(utc))
+    view = reader.view(run_id)
+    if view.ended_at is not None:
+        note_line(
+            f"{run_id} has already {'been ' if view.status == 'cancelled' else ''}{view.status}: nothing to cancel"
+        )
+    else:
+        import pyworkflow_ray as pw
+
+        pw.init(storage=opt.storage_root(storage_path), address=address)
+        try:
+            handle = pw.get_run(run_id)
+            handle.cancel(reason)
+            _wait(handle)
+        finally:
+            pw.shutdown()
+        view = reader.view(run_id)
+    _print_view(reader, run_id, as_json)
+    return 0 if view.ended_at is not None else 1
+
+
+@click.command()
+@click.argument("run_id")
+@click.option("--address", help="A Ray cluster, as for `run`.")
+@opt.utc_option
+@opt.json_option
+@opt.storage_option
+def resume(run_id: str, address: str | None, utc: bool, as_json: bool, storage_path: Path | None) -> int:
+    """Let a paused run go on, or a failed one from its failed step, and wait for it. Others are left alone."""
+    reader = open_reader(storage_path, opt.zone(utc))
+    view = reader.view(run_id)
+    if view.status not in ("paused", "failed"):
+        note_line(f"{run_id} is {view.status}: nothing to resume")
+        _print_view(reader, run_id, as_json)
+        return 0
+    import pyworkflow_ray as pw
+
+    pw.init(storage=opt.storage_root(storage_path), address=address)
+    try:
+        error = _wait(pw.resume(run_id))
+        return _report(reader, run_id, as_json, error)
+    finally:
+        pw.shutdown()
+
+
+@click.command()
+@click.option("--steal", is_flag=True, help="Take runs from a living owner too. It will never take them back.")
+@click.option("--address", help="A Ray cluster, as for `run`.")
+@opt.utc_option
+@opt.json_option
+@opt.storage_option
+def recover(steal: bool, address: str | None, utc: bool, as_json: bool, storage_path: Path | None) -> int:
+    """Take up the unfinished runs that no living owner holds, and wait for them."""
+    reader = open_reader(storage_path, opt.zone(utc))
+    import pyworkflow_ray as pw
+
+    pw.init(storage=opt.storage_root(storage_path), address=address)
+    try:
+        handles = list(pw.recover(steal=True) if steal else pw.recover())
+        note_line(f"{len(handles)} unfinished run{'' if len(handles) == 1 else 's'} taken up")
+        for handle in handles:
+            _wait(handle)
+    finally:
+        pw.shutdown()
+    return _print_recovered(reader, [handle.run_id for handle in handles], as_json)
+
+
+def _print_recovered(reader: Reader, run_ids: Iterable[str], as_json: bool) -> int:
+    views, code = [], 0
+    for run_id in run_ids:
+        try:
+            views.append(reader.view(run_id))
+        except PyWorkflowError as error:
+            error_line(f"run {run_id}: {error}")
+            code = 1
+    screen = Screen()
+    if as_json:
+        screen.raw(to_json([view.model_dump(mode="json") for view in views]))
+    else:
+        render.run_list(screen, views, 0)
+    return 1 if any(view.status == "failed" for view in views) else code
+
+
+def _wait(handle: Any) -> BaseException | None:
+    """Until the run has ended or pauses; how it ended, as the exception it raises."""
+    try:
+        handle.result()
+    except Exception as error:
+        return error
+    return None
+
+
+def _print_view(reader: Reader, run_id: str, as_json: bool) -> None:
+    screen, view = Screen(), reader.view(run_id)
+    if as_json:
+        screen.raw(to_json(view.model_dump(mode="json")))
+    else:
+        render.run_show(screen, view, reader.zone)
