@@ -65,7 +65,7 @@ def why_stuck(story: Story) -> str | None:
         return None
     now = story.now
     if story.owner_alive is False and story.status in ("pending", "running"):
-        return "its owner is gone: no living process holds the run"
+        return "no living process holds the run"
     if story.status == "pending":
         late = now - story.created.at
         return f"created {ago(late)} and taken up by nobody" if late > LATE_S else None
@@ -183,7 +183,7 @@ def _parked(story: Story) -> Words:
     if track is not None:
         words.why = f"{track.name} waits; the run holds no worker and no actor meanwhile"
     words.next, words.next_at = f"wakes {_when(due, story)}", due
-    return words
+    return _unowned(words, story)
 
 
 def _retrying(story: Story) -> Words:
@@ -216,6 +216,15 @@ def _retrying(story: Story) -> Words:
     words.row = words.row.model_copy(update={"next": short})
     if track.scheduled.breaker and last.breaker:
         words.next += f"; breaker {track.scheduled.breaker}: {last.breaker}"
+    return _unowned(words, story)
+
+
+def _unowned(words: Words, story: Story) -> Words:
+    """A run that waits by itself, and whose owner is gone, is woken by nobody until it is taken up."""
+    if story.owner_alive is False:
+        words.next = f"its owner is gone: pyworkflow-ray recover takes it up; {words.next}"
+        words.row = words.row.model_copy(update={"next": "recover"})
+        words.commands.append("recover")
     return words
 
 
@@ -240,10 +249,10 @@ def _how_it_ends(story: Story, track: Track, upcoming: int, due: float) -> str:
 def _stuck(story: Story) -> Words:
     assert story.stuck is not None
     run = story.created.run_id
-    words = Words(
-        f"stuck, no event for {format_duration(max(0.0, story.now - story.last_at))}", m.RowView(state="stuck")
-    )
-    words.why = story.stuck
+    gone = story.owner_alive is False
+    quiet = f"no event for {format_duration(max(0.0, story.now - story.last_at))}"
+    words = Words(f"stuck, {'its owner is gone' if gone else quiet}", m.RowView(state="stuck"))
+    words.why = f"{story.stuck}; {quiet}" if gone else story.stuck
     words.row = _row(story, "stuck", story.subject, story.stuck, "recover")
     words.next = "nothing by itself while its owner is away; pyworkflow-ray recover takes it up"
     if story.owner_alive or (any(t.running for t in story.open_steps) and story.owner_alive is None):
