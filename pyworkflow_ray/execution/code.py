@@ -41,16 +41,20 @@ _LOCAL = "local"  # the `ref` of code that stays in this process
 _KEPT = 64  # snapshots and steps by value kept in a process: a notebook makes a new one for each edited cell
 
 
-def describe_workflow(definition: WorkflowDefinition, put_snapshot: Callable[[bytes], str]) -> CodeRef:
+def describe_workflow(
+    definition: WorkflowDefinition, put_snapshot: Callable[[bytes], str], *, allow_pickle: bool = True
+) -> CodeRef:
     """Where the workflow's code is; by value it is handed to `put_snapshot` (durable, returns its reference) first.
 
     Raises:
-        ConfigurationError: it must go by value and something it uses can't be pickled; the message names it.
+        ConfigurationError: it must go by value, and pickles are switched off (`allow_pickle=False`) or something it
+            uses can't be pickled; the message names it.
     """
     base = _code_base(definition)
     found = _described(base)
     if found is not None:
         return found
+    _check_pickle(allow_pickle, definition.kind, definition.name)
     dump: Dump | None = _dumps.get(base)
     if dump is None or not dump.is_current():
         dump = dump_workflow(base)
@@ -76,7 +80,9 @@ def describe_step(definition: StepDefinition) -> CodeRef:
     return found
 
 
-def load_workflow(code: CodeRef, get_snapshot: Callable[[str], bytes]) -> WorkflowDefinition:
+def load_workflow(
+    code: CodeRef, get_snapshot: Callable[[str], bytes], *, allow_pickle: bool = True
+) -> WorkflowDefinition:
     """The workflow that `code` describes, in this process; enter its environment first.
 
     Raises:
@@ -87,13 +93,20 @@ def load_workflow(code: CodeRef, get_snapshot: Callable[[str], bytes]) -> Workfl
     elif code.ref == _LOCAL:
         found = _local_definition(code)
     else:
+        _check_pickle(allow_pickle, "workflow", code.name)
         found = _snapshot(code, get_snapshot).definition
     if not isinstance(found, WorkflowDefinition):
         raise ConfigurationError(f"the stored code {code.ref} holds no workflow {code.name!r}")
     return found
 
 
-def load_step(code: CodeRef, get_snapshot: Callable[[str], bytes], decode: Callable[[Payload], Any]) -> StepDefinition:
+def load_step(
+    code: CodeRef,
+    get_snapshot: Callable[[str], bytes],
+    decode: Callable[[Payload], Any],
+    *,
+    allow_pickle: bool = True,
+) -> StepDefinition:
     """The step that `code` describes, in this process; enter its environment first.
 
     Args:
@@ -109,6 +122,7 @@ def load_step(code: CodeRef, get_snapshot: Callable[[str], bytes], decode: Calla
     elif code.ref == _LOCAL:
         found = _local_definition(code)
     else:
+        _check_pickle(allow_pickle, "step", code.name)
         snapshot = _snapshot(code, get_snapshot)
         found = snapshot.steps.get(code.name)
         if found is None:
@@ -165,6 +179,14 @@ def _described(definition: Definition) -> CodeRef | None:
     if _local_depth:
         return CodeRef(how="snapshot", name=_keep_local(definition), ref=_LOCAL)
     return None
+
+
+def _check_pickle(allowed: bool, kind: str, name: str) -> None:
+    if not allowed:
+        raise ConfigurationError(
+            f"{kind} {name!r} can only travel by value, as a pickle, and allow_pickle is off. Define it at the top of "
+            "a module that workers can import"
+        )
 
 
 def _payload(data: bytes) -> Payload:

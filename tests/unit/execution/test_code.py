@@ -7,6 +7,7 @@ third process runs the flow, whose `except` must catch what the worker's step ra
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -367,6 +368,59 @@ def test_refused_pickles_refuse_a_step_by_value() -> None:
 
     with pytest.raises(pw.StorageError, match="pickle is switched off"):
         load_step(code, lambda ref: b"", refuse)
+
+
+def test_code_by_value_is_refused_where_pickles_are_switched_off() -> None:
+    @pw.workflow
+    async def flow() -> None: ...
+
+    blobs: dict[str, bytes] = {}
+    with pytest.raises(pw.ConfigurationError, match="allow_pickle is off"):
+        describe_workflow(flow.definition, put_into(blobs), allow_pickle=False)
+    code = describe_workflow(flow.definition, put_into(blobs))
+    with pytest.raises(pw.ConfigurationError, match="allow_pickle is off"):
+        load_workflow(code, blobs.__getitem__, allow_pickle=False)
+    with pytest.raises(pw.ConfigurationError, match="allow_pickle is off"):
+        load_step(code, blobs.__getitem__, lambda payload: None, allow_pickle=False)
+
+
+def test_module_that_no_other_process_can_import_goes_by_value_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "off_the_path.py"
+    path.write_text(
+        "import pyworkflow_ray as pw\n"
+        "class Boom(Exception): ...\n"
+        "def helper(): return Boom\n"
+        "@pw.step\ndef f(): return helper()\n"
+        "@pw.workflow\nasync def flow(): return f.fn()\n"
+    )
+    spec = importlib.util.spec_from_file_location("code_off_the_path", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    blobs: dict[str, bytes] = {}
+    try:
+        spec.loader.exec_module(module)
+        code = describe_workflow(module.flow.definition, put_into(blobs))
+    finally:
+        del sys.modules[spec.name]
+    assert code.how == "snapshot"
+    with pytest.raises(StopIteration) as caught:
+        load_workflow(code, blobs.__getitem__).fn().send(None)
+    assert caught.value.value.__name__ == "Boom"
+
+
+def test_breaker_travels_in_a_snapshot_as_itself() -> None:
+    space: dict[str, Any] = {"__name__": "__main__", "pw": pw}
+    exec(
+        "breaker = pw.CircuitBreaker('code-test-breaker')\n"
+        "@pw.step(breaker=breaker)\ndef f(): return breaker.name\n"
+        "@pw.workflow\nasync def flow(): return await f()",
+        space,
+    )
+    blobs: dict[str, bytes] = {}
+    code = describe_workflow(space["flow"].definition, put_into(blobs))
+    step = load(blobs[code.ref or ""]).steps["__main__:f"]
+    assert step.fn() == step.breaker_name == "code-test-breaker"
 
 
 def test_local_code_keeps_steps_and_what_they_close_over_in_the_process() -> None:
