@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from pyworkflow_ray.durations import Duration, parse_duration
 from pyworkflow_ray.errors import ConfigurationError
-from pyworkflow_ray.execution.breakers import Circuit, CircuitGuard, Declared, declare, held
+from pyworkflow_ray.execution.breakers import Circuit, CircuitGuard, Declared, declare, declare_later, held
 from pyworkflow_ray.resilience.breaker import BreakerSettings, BreakerState
 
 __all__ = ["BreakerState", "CircuitBreaker"]
@@ -88,6 +88,7 @@ class CircuitBreaker:
             self._declared = declare(self._name, self._settings)
         else:
             self._namespaces = _namespaces(sys._getframe(1))
+            declare_later(self)
 
     @property
     def name(self) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import ContextVar
@@ -30,6 +31,7 @@ from pyworkflow_ray.resilience.breaker import (
     error_text,
     event_of,
 )
+from pyworkflow_ray.resilience.taxonomy import classify
 
 log = logging.getLogger("pyworkflow_ray.breaker")
 
@@ -120,7 +122,7 @@ class Permit:
     def _finish(self, error: BaseException | None) -> Future[None] | None:
         if error is None:
             return self._end(BreakerEvent.SUCCESS)
-        return self._fail(kind_of(error), error)
+        return self._fail(classify(error), error)
 
     def _fail(self, kind: str, error: BaseException) -> Future[None] | None:
         event = event_of(kind, error)
@@ -167,14 +169,6 @@ def _in_chain(wanted: BaseException, error: BaseException | None) -> bool:
             break
         error = error.__cause__ or error.__context__
     return error is wanted
-
-
-def kind_of(error: BaseException) -> str:
-    if not isinstance(error, Exception):
-        return "cancelled"
-    from pyworkflow_ray.resilience.taxonomy import classify
-
-    return classify(error)
 
 
 def refusal(name: str, view: View, open_for_s: float) -> CircuitOpenError:
@@ -293,8 +287,16 @@ class Declared:
     local: LocalCircuit
 
 
+class Named(Protocol):
+    """A public breaker object; asking for its name declares it."""
+
+    @property
+    def name(self) -> str: ...
+
+
 _DECLARED: dict[str, Declared] = {}
 _DECLARED_LOCK = threading.Lock()
+_UNNAMED: weakref.WeakSet[Any] = weakref.WeakSet()  # objects whose name is not yet looked up
 
 
 def declare(name: str, settings: BreakerSettings) -> Declared:
@@ -313,8 +315,31 @@ def declare(name: str, settings: BreakerSettings) -> Declared:
     return found
 
 
+def declare_later(breaker: Named) -> None:
+    """A breaker was made without a name; it is looked for once somebody asks for one that nobody knows."""
+    _UNNAMED.add(breaker)
+
+
 def declared(name: str) -> Declared | None:
+    """The breaker of this name, where this process has declared one."""
+    if name not in _DECLARED:
+        _name_the_unnamed()
     return _DECLARED.get(name)
+
+
+def declared_settings() -> dict[str, dict[str, Any]]:
+    """Name and settings of every breaker of this process: what a run takes along, to be known where it goes."""
+    _name_the_unnamed()
+    return {name: found.settings.as_options() for name, found in list(_DECLARED.items())}
+
+
+def _name_the_unnamed() -> None:
+    for breaker in list(_UNNAMED):
+        try:
+            _ = breaker.name
+        except ConfigurationError:
+            continue  # it is in no variable (yet), or in conflict: its own first use says so
+        _UNNAMED.discard(breaker)
 
 
 def conflict_error(name: str, conflict: tuple[str, Any, Any], where: str) -> ConfigurationError:

@@ -135,19 +135,23 @@ def link_for(declaration: Declared) -> Link:
 
 
 def guard_for(call: StepCall) -> CircuitGuard | None:
-    """The breaker of a dispatched step; None where it has none.
+    """The breaker of a dispatched step; None where it has none. Call it once the step's code is loaded.
 
-    Its settings travel with the call. Before it lets an attempt through it knows at least what the run knew
-    (`call.breaker_generation`), so a run never passes a breaker that its own earlier step has opened; what it has heard
-    by the end is `guard.generation`, for `Outcome.breaker_generation`.
+    The settings are those of this process's own object, which the step's module made; where it has none, those that
+    travel with the call; else the living actor's. Before the guard lets an attempt through it knows at least what the
+    run knew (`call.breaker_generation`), so a run never passes a breaker that its own earlier step has opened; what it
+    has heard by the end is `guard.generation`, for `Outcome.breaker_generation`.
 
     Raises:
-        ConfigurationError: this process declares the breaker with other settings, or nobody knows its name.
+        ConfigurationError: nobody knows the breaker's name.
     """
     if call.breaker is None:
         return None
-    options = call.breaker_settings or settings_of(call.breaker)
-    return CircuitGuard(link_for(declare(call.breaker, BreakerSettings.from_options(options))), call.breaker_generation)
+    here = declared(call.breaker)
+    if here is None:
+        options = call.breaker_settings or settings_of(call.breaker)
+        here = declare(call.breaker, BreakerSettings.from_options(options))
+    return CircuitGuard(link_for(here), call.breaker_generation)
 
 
 def settings_of(name: str) -> dict[str, Any]:

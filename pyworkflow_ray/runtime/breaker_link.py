@@ -30,7 +30,8 @@ from typing import Any
 
 import ray
 
-from pyworkflow_ray.execution.breakers import Permit, conflict_error, log_opened, refusal, riding
+from pyworkflow_ray.engine.calls import StepCall
+from pyworkflow_ray.execution.breakers import CircuitGuard, Permit, conflict_error, log_opened, refusal, riding
 from pyworkflow_ray.resilience.breaker import PERMIT_LEASE_S, Answer, BreakerEvent, BreakerState, View
 from pyworkflow_ray.resilience.mirror import Message, Mirror, Report
 
@@ -330,6 +331,13 @@ class Link:
         _resolve(self._joined, None)
         for task in self._tasks:
             task.cancel()
+
+
+def guard_of(call: StepCall) -> CircuitGuard | None:
+    """`breaker_actor.guard_for`, for callers that load breakers only when a call has one."""
+    from pyworkflow_ray.runtime.breaker_actor import guard_for
+
+    return guard_for(call)
 
 
 def session_id() -> str | None:
