@@ -89,3 +89,32 @@ def _title(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
     except OSError:
         return ""
+
+
+def descendant(name: str) -> int | None:
+    """The pid of an actor whose class is called `name` (in any case), among the processes that descend from this one.
+
+    The controller is found so: its death leaves no trace in the log of any run. Only Ray that the demo itself started
+    descends from it, so no other cluster's controller is ever named. None where there is none at the moment.
+    """
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                # "pid (comm) state ppid …": comm may hold spaces and brackets, so read from the last one.
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError, IndexError):
+                continue
+    for pid in sorted(parents):
+        actor = _title(pid).removeprefix("ray::").partition(".")[0].partition(":")[0]
+        if actor.lower() == name.lower() and _descends(pid, os.getpid(), parents):
+            return pid
+    return None
+
+
+def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
+    while pid in parents:
+        pid = parents[pid]
+        if pid == ancestor:
+            return True
+    return False

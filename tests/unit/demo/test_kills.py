@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyworkflow_ray.demo.kills import choose, strike
+from pyworkflow_ray.demo.kills import choose, descendant, strike
 from pyworkflow_ray.engine.events import (
     CodeRef,
     Event,
@@ -94,3 +95,18 @@ def test_a_process_that_is_gone_already_is_no_kill() -> None:
     with process("ray::run_step") as child:
         pass
     assert not strike("step worker", child.pid).gone
+
+
+def test_an_actor_is_found_by_its_class_among_the_processes_below_this_one() -> None:
+    assert descendant("Keeper") is None
+    with process("ray::Keeper.decide") as child:
+        assert descendant("keeper") == child.pid
+        assert descendant("decide") is None
+    assert descendant("keeper") is None
+
+
+def test_an_actor_of_another_cluster_is_not_found() -> None:
+    code = "import subprocess, sys; from pyworkflow_ray.demo.kills import descendant\nprint(descendant('keeper'))"
+    with process("ray::Keeper"):
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "None"
