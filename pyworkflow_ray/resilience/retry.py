@@ -148,7 +148,8 @@ def decide(
         return stop
     if policy.max_retries is not None and retries_used >= policy.max_retries:
         allowed = policy.max_retries
-        return Stop("exhausted", f"all {allowed} retries are used" if allowed else "max_retries is 0")
+        words = {0: "max_retries is 0", 1: "its one retry is used"}
+        return Stop("exhausted", words.get(allowed, f"all {allowed} retries are used"))
     delay_s, reason = _delay(error, policy, retries_used + 1, now, rng, previous_s)
     if deadline is not None and now + delay_s >= deadline:
         left = format_duration(max(0.0, deadline - now))
@@ -156,9 +157,7 @@ def decide(
     return Retry(delay_s, reason, now + delay_s)
 
 
-def _forbidden(
-    error: BaseException, kind: Kind, retry_on: ErrorFilter | None, no_retry_on: ErrorFilter
-) -> Stop | None:
+def _forbidden(error: BaseException, kind: Kind, retry_on: ErrorFilter | None, no_retry_on: ErrorFilter) -> Stop | None:
     """Why the sort of the error forbids another attempt; None where it does not."""
     if not isinstance(error, Exception):
         return Stop("no retry", f"{type(error).__name__} is never retried")

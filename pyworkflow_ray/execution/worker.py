@@ -1,0 +1,303 @@
+"""Executes one step call: decodes its arguments, makes its attempts, encodes its outcome.
+
+Called by the step host in a Ray task's main thread (`execute_call`), and by local steps and the test environment on a
+running loop (`execute_call_async`); calls `attempts` through `perform`. What ends a call:
+
+* the function's value, its last failure, a wait too long to be done here (handed back), or the interrupt;
+* what is no Exception and was not asked for by us (SystemExit, KeyboardInterrupt, a CancelledError of the step's own)
+  fails the step at once: the workflow gets a `StepFailedError` naming it, for in the workflow's own process it would
+  end that process, or look like the run's cancellation;
+* a timeout or cancel that user code does not obey ends the process (`kill_stuck`); its owner reports that attempt.
+
+Faults: arguments that can't be decoded, or a result that can't be encoded, fail the step for good.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pyworkflow_ray.engine.calls import Codec, Outcome, StepCall
+from pyworkflow_ray.engine.events import AttemptFailed, ErrorInfo, StepStarted
+from pyworkflow_ray.errors import StepFailedError
+from pyworkflow_ray.execution.attempts import Ended, FailedAttempt, Guard, Plan, RunAttempt, attempts, message_of
+from pyworkflow_ray.execution.context import StepContext, instant, scope_of
+from pyworkflow_ray.execution.definitions import StepDefinition
+from pyworkflow_ray.execution.interrupt import Interrupt
+from pyworkflow_ray.execution.perform import Work, drive, drive_async
+from pyworkflow_ray.execution.worker_loop import WorkerLoop, worker_loop
+from pyworkflow_ray.resilience.taxonomy import classify
+
+MAX_RECORDS = 1_000  # of one dispatch; they have been streamed one by one, the outcome repeats them
+
+Report = Callable[[StepStarted | AttemptFailed], None]
+
+RNG = random.Random()
+os.register_at_fork(after_in_child=RNG.seed)
+
+
+def execute_call(
+    call: StepCall,
+    step: StepDefinition,
+    codec: Codec,
+    *,
+    report: Report,
+    interrupt: Interrupt,
+    breaker: Guard | None = None,
+    wait_max_s: float = 1.0,
+    worker: str = "",
+    node: str = "",
+    clock: Callable[[], float] = time.time,
+    rng: random.Random = RNG,
+    kill_stuck: bool = True,
+    loop: WorkerLoop | None = None,
+    confirmed: Callable[[], int] | None = None,
+) -> Outcome:
+    """Make the attempts of one dispatch, blocking the calling thread: a step worker's main thread, or one of a run
+    actor's for a local step (several at once share the process's loop).
+
+    Args:
+        report: Gets each StepStarted and AttemptFailed as it happens; must not block for long, nor raise.
+        interrupt: Cancels what runs, from any thread.
+        breaker: The step's breaker, as this process sees it.
+        wait_max_s: Longest wait between attempts that is slept here; a longer one hands the call back.
+        kill_stuck: End the process where user code does not stop 2 s after its timeout or the interrupt. Only for
+            step workers; never for local steps, of which a sync one runs to its end and an async one is abandoned.
+        loop: Where async steps run; None: this process's lasting loop.
+        confirmed: Number of the last attempt whose record the owner has; records up to it are left out of the outcome.
+    """
+    execution = _Execution(call, step, codec, report, worker, node, clock, rng)
+    try:
+        function = execution.function()
+    except Exception as error:
+        return execution.broken(error)
+    work = execution.work(function, breaker, interrupt)
+    work.kill_stuck = kill_stuck and call.executor == "task"
+    work.owns_loop = True
+    if step.is_async:
+        work.loop = loop or worker_loop()
+    ended = drive(attempts(execution.plan(breaker, interrupt, wait_max_s)), work)
+    return execution.outcome(ended, breaker, confirmed)
+
+
+async def execute_call_async(
+    call: StepCall,
+    step: StepDefinition,
+    codec: Codec,
+    *,
+    report: Report,
+    interrupt: Interrupt | None = None,
+    breaker: Guard | None = None,
+    wait_max_s: float | None = None,
+    worker: str = "",
+    node: str = "",
+    clock: Callable[[], float] = time.time,
+    rng: random.Random = RNG,
+    sleep: Callable[[float], Any] = time.sleep,
+    owns_loop: bool = False,
+    confirmed: Callable[[], int] | None = None,
+) -> Outcome:
+    """As `execute_call`, on the running event loop: for local steps, and for the test environment.
+
+    Waits and timeouts of async steps follow the loop's own clock, so that a virtual one works. A sync step blocks the
+    loop while it runs. Cancelling the awaiting task cancels the step, and is raised.
+
+    Args:
+        wait_max_s: None: every wait is waited here.
+        sleep: What `pw.sleep` does in a sync step.
+        owns_loop: The loop runs steps only: what a step leaves running is cancelled.
+    """
+    execution = _Execution(call, step, codec, report, worker, node, clock, rng, sleep)
+    try:
+        function = execution.function()
+    except Exception as error:
+        return execution.broken(error)
+    work = execution.work(function, breaker, interrupt)
+    work.owns_loop = owns_loop
+    ended = await drive_async(attempts(execution.plan(breaker, interrupt, wait_max_s)), work)
+    return execution.outcome(ended, breaker, confirmed)
+
+
+class _Execution:
+    """One dispatch: what its parts need of the call, and the records it has made."""
+
+    def __init__(
+        self,
+        call: StepCall,
+        step: StepDefinition,
+        codec: Codec,
+        report: Report,
+        worker: str,
+        node: str,
+        clock: Callable[[], float],
+        rng: random.Random,
+        sleep: Callable[[float], Any] = time.sleep,
+    ) -> None:
+        self.call = call
+        self.step = step
+        self.codec = codec
+        self.report = report
+        self.worker = worker
+        self.node = node
+        self.clock = clock
+        self.rng = rng
+        self.sleep = sleep
+        self.scope = scope_of(call)
+        self.key = self.scope.key
+        self.records: list[AttemptFailed] = []
+
+    def function(self) -> Callable[[], Any]:
+        """The user's function with its arguments."""
+        args = [self.codec.decode(payload) for payload in self.call.args]
+        kwargs = {name: self.codec.decode(payload) for name, payload in self.call.kwargs.items()}
+        fn = self.step.fn
+        return lambda: fn(*args, **kwargs)
+
+    def plan(self, breaker: Guard | None, interrupt: Interrupt | None, wait_max_s: float | None) -> Plan:
+        call = self.call
+        return Plan(
+            step=call.step,
+            policy=call.policy,
+            clock=self.clock,
+            rng=self.rng,
+            retry_on=self.step.retry_on,
+            no_retry_on=self.step.no_retry_on,
+            guarded=breaker is not None,
+            first_attempt=call.first_attempt,
+            retries_used=call.retries_used,
+            previous=call.previous,
+            not_before=call.not_before,
+            deadline=call.deadline,
+            wait_max_s=wait_max_s,
+            accept=self.codec.encode,
+            on_started=self.started,
+            on_failed=self.failed,
+            cancelled=bool if interrupt is None else lambda: interrupt.cancelled,
+            where=f"run {call.run_id}",
+        )
+
+    def work(self, function: Callable[[], Any], breaker: Guard | None, interrupt: Interrupt | None) -> Work:
+        return Work(
+            step=self.call.step,
+            function=function,
+            is_async=self.step.is_async,
+            context=self.context,
+            timeout_s=self.call.policy.timeout_s,
+            guard=breaker,
+            interrupt=interrupt,
+        )
+
+    def context(self, command: RunAttempt) -> StepContext:
+        call = self.call
+        timeout_s = call.policy.timeout_s
+        ends = [at for at in (call.deadline, timeout_s and command.started_at + timeout_s) if at is not None]
+        return StepContext(
+            name=call.step,
+            attempt=command.attempt,
+            idempotency_key=self.key,
+            fence=(call.epoch, call.dispatch, command.attempt),
+            run_id=call.run_id,
+            deadline=instant(min(ends, default=None)),
+            previous=command.previous,
+            workflow=call.workflow,
+            trace_id=call.trace_id,
+            position=call.position,
+            _is_async=self.step.is_async,
+            _scope=self.scope,
+            _clock=self.clock,
+            _sleep=self.sleep,
+        )
+
+    def started(self, attempt: int, at: float) -> None:
+        self.report(
+            StepStarted(
+                at=at,
+                position=self.call.position,
+                dispatch=self.call.dispatch,
+                attempt=attempt,
+                started_at=at,
+                worker=self.worker,
+                node=self.node,
+            )
+        )
+
+    def failed(self, failure: FailedAttempt) -> None:
+        record = AttemptFailed(
+            at=failure.ended_at,
+            position=self.call.position,
+            dispatch=self.call.dispatch,
+            attempt=failure.attempt,
+            started_at=failure.started_at,
+            ended_at=failure.ended_at,
+            error=self.error_info(failure.error),
+            delay_s=failure.delay_s,
+            delay_reason=failure.delay_reason,
+            retry_at=failure.retry_at,
+            breaker=failure.breaker,
+            worker=self.worker,
+            node=self.node,
+        )
+        self.records.append(record)
+        if len(self.records) > MAX_RECORDS:
+            del self.records[MAX_RECORDS // 2]
+        self.report(record)
+
+    def error_info(self, error: BaseException) -> ErrorInfo:
+        _trim(error)
+        return self.codec.encode_error(_raisable(error), classify(error))
+
+    def broken(self, error: Exception) -> Outcome:
+        """The call could not be begun: the workflow's data or code are not what this process can use."""
+        outcome = self._outcome("failed", self.call.first_attempt)
+        outcome.error, outcome.why = self.error_info(error), "code"
+        outcome.started_at = outcome.ended_at = self.clock()
+        return outcome
+
+    def outcome(self, ended: Ended, breaker: Guard | None, confirmed: Callable[[], int] | None) -> Outcome:
+        outcome = self._outcome(ended.status, ended.attempt)
+        known = 0 if confirmed is None else confirmed()
+        outcome.attempts = [record for record in self.records if record.attempt > known]
+        outcome.started_at, outcome.ended_at = ended.started_at, ended.ended_at
+        outcome.breaker, outcome.retry_at, outcome.why = ended.breaker, ended.retry_at, ended.why
+        if breaker is not None:
+            outcome.breaker_generation = breaker.generation
+        if ended.status == "completed":
+            outcome.result = ended.value
+        elif ended.error is not None:
+            outcome.error = self.error_info(ended.error)
+        return outcome
+
+    def _outcome(self, status: Any, attempt: int) -> Outcome:
+        return Outcome(
+            position=self.call.position,
+            dispatch=self.call.dispatch,
+            status=status,
+            attempt=attempt,
+            worker=self.worker,
+            node=self.node,
+        )
+
+
+def _raisable(error: BaseException) -> BaseException:
+    """The error for the workflow: itself, or a `StepFailedError` for what is no Exception."""
+    if isinstance(error, Exception):
+        return error
+    failed = StepFailedError(
+        message_of(error) or "it ended the step", type=f"{type(error).__module__}.{type(error).__qualname__}"
+    )
+    failed.__traceback__ = error.__traceback__
+    for note in getattr(error, "__notes__", []):
+        failed.add_note(note)
+    return failed
+
+
+def _trim(error: BaseException) -> None:
+    """Leave our own frames out of a traceback: it begins with the user's function."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_globals.get("__package__") == __package__:
+        trace = trace.tb_next
+    if trace is not None:
+        error.__traceback__ = trace
