@@ -26,7 +26,6 @@ from typing import Any, ClassVar, Literal
 
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.options import (
-    ErrorFilter,
     StepOptions,
     WorkflowOptions,
     check_step_options,
@@ -36,6 +35,7 @@ from pyworkflow_ray.execution.options import (
 )
 from pyworkflow_ray.execution.validation import Arguments, resolve_hints
 from pyworkflow_ray.resilience.policy import RetryPolicy
+from pyworkflow_ray.resilience.retry import ErrorFilter
 
 Kind = Literal["step", "workflow"]
 

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 from pyworkflow_ray.durations import parse_duration
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.resilience.policy import RetryPolicy
-
-ErrorFilter = tuple[type[BaseException], ...] | Callable[[BaseException], bool]
+from pyworkflow_ray.resilience.retry import ErrorFilter
 
 _DURATION = "seconds, a timedelta, or text such as '30s'"
 _JITTERS = ("auto", "none", "proportional", "full", "equal", "decorrelated")
