@@ -83,6 +83,32 @@ def test_wrong_argument_is_raised_where_the_call_is_awaited(engine: Recorder) ->
     assert len(engine.requests) == 1
 
 
+def test_elsewhere_a_call_is_that_of_the_function_with_validated_arguments() -> None:
+    assert price("7") == 14  # type: ignore[arg-type, comparison-overlap]
+
+    @pw.step
+    async def outer(order: int) -> Any:
+        return price(order), await fetch.options(breaker=None)(order)
+
+    assert asyncio.run(outer("4")) == (8, 4)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError):
+        price("x")  # type: ignore[arg-type]
+
+
+def test_elsewhere_a_call_has_the_steps_retries() -> None:
+    tried: list[int] = []
+
+    @pw.step(max_retries=2, retry_delay=0)
+    def flaky(x: int) -> int:
+        tried.append(x)
+        if len(tried) < 3:
+            raise ConnectionError("again")
+        return x
+
+    assert flaky(5) == 5  # type: ignore[comparison-overlap]
+    assert tried == [5, 5, 5]
+
+
 def test_options_gives_a_changed_copy_and_leaves_the_original(engine: Recorder) -> None:
     patient = fetch.options(max_retries=9, timeout="5s")
     assert (patient.definition.policy.max_retries, patient.definition.policy.timeout_s) == (9, 5.0)
