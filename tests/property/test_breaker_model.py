@@ -291,14 +291,26 @@ def test_case_14_a_process_that_joins_never_resets() -> None:
     cluster.exchange(mirror)
     mirror.report(Report(BreakerEvent.FAILURE, 0))
     cluster.exchange(mirror)
-    counted_alone = Breaker(cluster.settings)
-    for _ in range(50):
-        answer = counted_alone.ask(0.0)
-        counted_alone.ended(BreakerEvent.FAILURE, 0.0, generation=counted_alone.generation) if answer.admitted else None
-    joining = Mirror("new", cluster.settings, seed=Breaker(cluster.settings).view(0.0))
+    counted_alone = Breaker(BreakerSettings(100, 60.0))
+    for event in [BreakerEvent.FAILURE, BreakerEvent.SUCCESS] * 20:
+        counted_alone.ended(event, 0.0, generation=0)
+    assert counted_alone.version > cluster.truth.view(0.0).version
+    joining = Mirror("new", cluster.settings, seed=counted_alone.view(0.0))
     cluster.exchange(joining)
     assert joining.known.view.state is BreakerState.OPEN
     assert cluster.truth.view(0.0).generation == 1
+
+
+def test_an_older_view_of_the_same_breaker_is_not_taken_over() -> None:
+    cluster = Cluster(1, 60.0, 1)
+    [mirror] = cluster.mirrors
+    cluster.exchange(mirror)
+    older = cluster.truth.view(0.0)
+    mirror.report(Report(BreakerEvent.FAILURE, 0))
+    cluster.exchange(mirror)
+    assert not mirror.learn(older, 1.0)
+    assert mirror.known.view.state is BreakerState.OPEN
+    assert mirror.learn(Truth(cluster.settings, "another lineage").view(1.0), 1.0)
 
 
 def test_what_a_process_counted_before_there_was_a_cluster_is_taken_over_by_an_untouched_truth() -> None:

@@ -22,7 +22,7 @@ import pytest
 
 from pyworkflow_ray.breaker import BreakerState, CircuitBreaker
 from pyworkflow_ray.errors import CircuitOpenError, ConfigurationError, FatalError
-from pyworkflow_ray.execution.breakers import CircuitGuard, LocalCircuit, declared, declared_settings, held
+from pyworkflow_ray.execution.breakers import _HELD, CircuitGuard, LocalCircuit, declared, declared_settings, held
 from pyworkflow_ray.resilience.breaker import BreakerSettings
 
 in_this_module = CircuitBreaker(failure_threshold=9)
@@ -433,6 +433,15 @@ def test_the_guard_of_a_step_counts_kinds_and_refuses() -> None:
     permit.success()
     permit.failure("transient", ConnectionError())  # ended once: a second end is ignored
     assert guard.state == "closed"
+
+
+def test_a_permit_ends_once_and_is_forgotten() -> None:
+    circuit = LocalCircuit("ends-once", BreakerSettings(5, 10.0))
+    permit = circuit.enter()
+    for _ in range(3):
+        permit.failure("transient", ConnectionError())
+    assert circuit.look().failures == 1
+    assert permit not in _HELD.get()
 
 
 async def test_the_guard_of_an_async_attempt() -> None:
