@@ -41,6 +41,12 @@ class CommandGroup(click.Group):
             code = _exit_code(error)
         sys.exit(code if isinstance(code, int) else 0)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # click would make it exit code 1
+            return _exit_code(error)
+
 
 class LazyGroup(CommandGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:

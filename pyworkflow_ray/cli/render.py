@@ -31,7 +31,7 @@ def run_list(screen: Screen, views: list[RunView], more: int) -> None:
             view.row.step or "–",
             " ".join(view.row.why.split()),
             view.row.next,
-            format_duration(max(0.0, (view.now - view.created_at).total_seconds())),
+            format_duration(max(0.0, (view.now - view.created_at).total_seconds())).split()[0],
         ]
         for view in views
     ]

@@ -1,4 +1,4 @@
-"""`run`, `recover`, `runs cancel`, `runs resume`: what starts or changes runs, through the api.
+"""`run`, `recover`, `runs cancel|resume|wake`: what starts or changes runs, through the api.
 
 Faults: a module that can't be imported or names no workflow, input that is no JSON object or does not fit the
 signature (usage: nothing is created), Ctrl-C (130; on an embedded Ray the run is cancelled, on a cluster it goes on).
@@ -6,10 +6,11 @@ signature (usage: nothing is created), Ctrl-C (130; on an embedded Ray the run i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from pyworkflow_ray.cli import options as opt
 from pyworkflow_ray.cli import render
 from pyworkflow_ray.cli.reading import Reader, open_reader
 from pyworkflow_ray.cli.screen import Screen, error_line, note_line, to_json
-from pyworkflow_ray.errors import PyWorkflowError, RunNotFoundError
+from pyworkflow_ray.errors import PyWorkflowError
 from pyworkflow_ray.ids import check_run_id, new_run_id
+from pyworkflow_ray.observability.words import short_name
+
+LOOK_S = 1.0  # how often a run that is waited for is asked whether it has paused
+CANCEL_WAIT_S = 5.0  # after Ctrl-C: the run's own clean-up gets so long
 
 
 @click.command()
@@ -50,40 +55,63 @@ def run(
     flow = load_flow(target)
     kwargs = parse_input(input_text, flow)
     run_id = check_run_id(run_id) if run_id is not None else new_run_id()
+    with _connected(storage_path, address) as pw:
+        handle = pw.start(flow.options(run_id=run_id), **kwargs)
+        note_line(f"{short_name(flow.definition.name)} runs as {run_id}")
+        error = _follow(handle)
+    return _report(open_reader(storage_path, opt.zone(utc)), run_id, as_json, error)
+
+
+@contextlib.contextmanager
+def _connected(storage_path: Path | None, address: str | None) -> Iterator[Any]:
+    """The api, connected to storage and Ray for the length of a command."""
     import pyworkflow_ray as pw
 
-    pw.init(storage=opt.storage_root(storage_path), address=address)
+    with pw.init(storage=opt.storage_root(storage_path), address=address):
+        yield pw
+
+
+def _follow(handle: Any) -> BaseException | None:
+    """Wait as `_wait`; Ctrl-C cancels the run on an embedded Ray, which ends with us, and leaves it on a cluster."""
     try:
-        note_line(f"{flow.definition.name} runs as {run_id}")
-        error: BaseException | None = None
+        return _wait(handle)
+    except KeyboardInterrupt:
+        from pyworkflow_ray.runtime.client import current
+
+        client = current()
+        if client is not None and client.owns_ray:
+            note_line(f"cancelling {handle.run_id}")
+            with contextlib.suppress(Exception):
+                handle.cancel("interrupted (Ctrl-C)")
+                handle.exception(timeout=CANCEL_WAIT_S)
+        else:
+            note_line(f"{handle.run_id} goes on: pyworkflow-ray runs show {handle.run_id} --watch")
+        raise
+
+
+def _wait(handle: Any) -> BaseException | None:
+    """Until the run has ended, or pauses for a person; the exception that its result would raise."""
+    while True:
         try:
-            pw.run(flow.options(run_id=run_id), **kwargs)
-        except KeyboardInterrupt:
-            raise
-        except Exception as raised:  # the workflow's own exception: the view says what it was
-            error = raised
-        return _report(open_reader(storage_path, opt.zone(utc)), run_id, as_json, error)
-    finally:
-        pw.shutdown()
+            error: BaseException | None = handle.exception(timeout=LOOK_S)
+            return error
+        except TimeoutError:
+            if handle.status() == "paused":
+                return None
 
 
 def _report(reader: Reader, run_id: str, as_json: bool, error: BaseException | None) -> int:
     """The result on stdout and, of a run that did not complete, its three lines on stderr."""
-    try:
-        view = reader.view(run_id)
-    except RunNotFoundError:
-        if error is not None:
-            raise error from None
-        raise
+    view = reader.view(run_id)
     if isinstance(error, PyWorkflowError) and view.status not in ("failed", "cancelled", "paused"):
-        raise error  # it is about the call (RunExistsError, StorageError), not how the run ended
+        raise error  # it is about the storage, not how the run ended
     screen = Screen()
     if as_json:
         screen.raw(to_json(view.model_dump(mode="json")))
     elif view.status == "completed":
         screen.raw(json.dumps(view.result, ensure_ascii=screen.encoding.lower() not in ("utf-8", "utf8"), default=str))
     screen.flush()
-    if view.status != "completed" or not as_json:
+    if view.status != "completed":
         render.run_show(Screen(sys.stderr), view, reader.zone)
     return 0 if view.status == "completed" else 1
 
@@ -185,15 +213,10 @@ def cancel(
             f"{run_id} has already {'been ' if view.status == 'cancelled' else ''}{view.status}: nothing to cancel"
         )
     else:
-        import pyworkflow_ray as pw
-
-        pw.init(storage=opt.storage_root(storage_path), address=address)
-        try:
+        with _connected(storage_path, address) as pw:
             handle = pw.get_run(run_id)
             handle.cancel(reason)
             _wait(handle)
-        finally:
-            pw.shutdown()
         view = reader.view(run_id)
     _print_view(reader, run_id, as_json)
     return 0 if view.ended_at is not None else 1
@@ -213,14 +236,28 @@ def resume(run_id: str, address: str | None, utc: bool, as_json: bool, storage_p
         note_line(f"{run_id} is {view.status}: nothing to resume")
         _print_view(reader, run_id, as_json)
         return 0
-    import pyworkflow_ray as pw
+    with _connected(storage_path, address) as pw:
+        error = _follow(pw.resume(run_id))
+    return _report(reader, run_id, as_json, error)
 
-    pw.init(storage=opt.storage_root(storage_path), address=address)
-    try:
-        error = _wait(pw.resume(run_id))
-        return _report(reader, run_id, as_json, error)
-    finally:
-        pw.shutdown()
+
+@click.command()
+@click.argument("run_id")
+@click.option("--address", help="A Ray cluster, as for `run`.")
+@opt.utc_option
+@opt.json_option
+@opt.storage_option
+def wake(run_id: str, address: str | None, utc: bool, as_json: bool, storage_path: Path | None) -> int:
+    """Make the retries that a run waits for happen now, and wait for it. Its own sleeps stay as they are."""
+    reader = open_reader(storage_path, opt.zone(utc))
+    view = reader.view(run_id)
+    if view.ended_at is not None:
+        note_line(f"{run_id} is {view.status}: nothing to wake")
+        _print_view(reader, run_id, as_json)
+        return 0
+    with _connected(storage_path, address) as pw:
+        error = _follow(pw.wake(run_id))
+    return _report(reader, run_id, as_json, error)
 
 
 @click.command()
@@ -232,16 +269,11 @@ def resume(run_id: str, address: str | None, utc: bool, as_json: bool, storage_p
 def recover(steal: bool, address: str | None, utc: bool, as_json: bool, storage_path: Path | None) -> int:
     """Take up the unfinished runs that no living owner holds, and wait for them."""
     reader = open_reader(storage_path, opt.zone(utc))
-    import pyworkflow_ray as pw
-
-    pw.init(storage=opt.storage_root(storage_path), address=address)
-    try:
+    with _connected(storage_path, address) as pw:
         handles = list(pw.recover(steal=True) if steal else pw.recover())
         note_line(f"{len(handles)} unfinished run{'' if len(handles) == 1 else 's'} taken up")
         for handle in handles:
             _wait(handle)
-    finally:
-        pw.shutdown()
     return _print_recovered(reader, [handle.run_id for handle in handles], as_json)
 
 
@@ -259,15 +291,6 @@ def _print_recovered(reader: Reader, run_ids: Iterable[str], as_json: bool) -> i
     else:
         render.run_list(screen, views, 0)
     return 1 if any(view.status == "failed" for view in views) else code
-
-
-def _wait(handle: Any) -> BaseException | None:
-    """Until the run has ended or pauses; how it ended, as the exception it raises."""
-    try:
-        handle.result()
-    except Exception as error:
-        return error
-    return None
 
 
 def _print_view(reader: Reader, run_id: str, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""`runs list|show|events|timeline` straight from the storage, with no Ray; `cancel` and `resume` through the api."""
+"""`runs list|show|events|timeline` straight from the storage, with no Ray; `cancel|resume|wake` through the api."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pyworkflow_ray.cli import options as opt
 from pyworkflow_ray.cli import render
 from pyworkflow_ray.cli.main import CommandGroup
 from pyworkflow_ray.cli.reading import Filter, Reader, open_reader
+from pyworkflow_ray.cli.run import cancel, resume, wake
 from pyworkflow_ray.cli.screen import Screen, error_line, to_json
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.observability.model import RunView, StepView
@@ -206,14 +207,11 @@ def _repeat(draw: Callable[[], tuple[bool, int]], screen: Screen, watch: bool, i
         screen.clear()
 
 
-from pyworkflow_ray.cli.run import cancel, resume  # noqa: E402  # they act through the api, and belong to this group
-
-runs.add_command(cancel)
-runs.add_command(resume)
+for _command in (cancel, resume, wake):
+    runs.add_command(_command)
 for _name, _instead in (
     ("pause", "cancel stops a run"),
     ("rerun", "start a new run: pyworkflow-ray run"),
-    ("wake", "a parked retry happens when it is due"),
     ("summary", "see: pyworkflow-ray runs list"),
 ):
     runs.add_command(opt.unavailable(_name, _instead))

@@ -32,8 +32,10 @@ STYLES = {
     "succeeded": "green",
 }
 MARK_STYLES = {"█": "green", "▓": "red", "░": "dim", "·": "dim", "↯": "magenta", "▒": "blue"}
-FLEXIBLE = {"WHY", "OUTCOME", "ERROR", "DETAIL"}  # columns that a narrow terminal may cut: the whole text is in `show`
-MIN_FLEXIBLE = 12
+# Columns that a narrow terminal may cut, in this order, and to how many characters. Ids and numbers stay whole, and
+# what is cut here is whole in `show`, in --json and off a terminal.
+SHRINK = (("WHY", 12), ("OUTCOME", 12), ("ERROR", 12), ("DETAIL", 12), ("NEXT", 8), ("STEP", 8), ("WORKFLOW", 8))
+FLEXIBLE = {name for name, _ in SHRINK}
 
 
 class Screen:
@@ -119,12 +121,12 @@ class Screen:
         widths = [max([len(name), *(cell_len(row[i]) for row in shown)]) for i, name in enumerate(names)]
         total = sum(widths) + 2 * (len(names) - 1)
         width = self.width if self.terminal else max(total, 1)
-        flexible = [i for i, name in enumerate(names) if name in FLEXIBLE]
-        spare = width - sum(w for i, w in enumerate(widths) if i not in flexible) - 2 * (len(names) - 1)
-        if flexible and spare < sum(widths[i] for i in flexible):
-            for i in flexible:
-                widths[i] = max(min(widths[i], MIN_FLEXIBLE), min(widths[i], spare // len(flexible)))
-            total = sum(widths) + 2 * (len(names) - 1)
+        over = total - width
+        for name, least in SHRINK:
+            for i in (i for i, other in enumerate(names) if other == name and over > 0):
+                given = min(over, max(0, widths[i] - max(least, len(name))))
+                widths[i], over = widths[i] - given, over - given
+        total = sum(widths) + 2 * (len(names) - 1)
         table = Table(box=None, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True)
         for i, name in enumerate(names):
             table.add_column(
