@@ -28,6 +28,8 @@ from typing import Any, Literal
 from pyworkflow_ray.execution.interrupt import Interrupt
 
 GRACE_S = 2.0  # from the timeout, or the cancel, to the end by force
+# A signal that comes just before the thread blocks is not seen until it wakes: the kernel repeats it until it was seen.
+AGAIN_S = 0.05
 LATER_S = 0.005  # the signal came in our own bookkeeping: look again
 REPEAT_S = 0.5  # a user's clean-up has this long before it is interrupted as well
 
@@ -51,7 +53,7 @@ class SyncGuard:
         kill_stuck: End the process where the code does not end within the grace. Step workers only.
     """
 
-    __slots__ = ("_frame", "_next_at", "due_at", "interrupt", "kill_stuck", "reason", "timeout_s")
+    __slots__ = ("_frame", "_next_at", "_told", "due_at", "interrupt", "kill_stuck", "reason", "timeout_s")
 
     def __init__(
         self, timeout_s: float | None = None, interrupt: Interrupt | None = None, *, kill_stuck: bool = False
@@ -62,6 +64,7 @@ class SyncGuard:
         self.reason: Reason | None = None  # set once it was told to stop
         self.due_at: float | None = None
         self._next_at: float | None = None
+        self._told = False  # it was raised into the user's code, which has until `_next_at` to leave
         self._frame: FrameType | None = None
 
     def run(self, function: Callable[[], Any]) -> Any:
@@ -88,6 +91,9 @@ class SyncGuard:
             self.reason = self.reason or "timeout"
         return self.reason is not None
 
+    def _told_recently(self, now: float) -> bool:
+        return self._told and self._next_at is not None and now < self._next_at
+
     def _holds(self, frame: FrameType | None) -> bool:
         """Whether the attempt's border lies at `frame` or below."""
         while frame is not None and frame is not self._frame:
@@ -103,6 +109,7 @@ def on_main_thread() -> bool:
 
 _guards: list[SyncGuard] = []  # outermost first; changed in the main thread only
 _before: tuple[Any, float, float, float] | None = None  # whose SIGALRM it was: handler, rest, interval, taken at
+_timer = threading.RLock()  # between the thread that cancels and the main thread; the handler never takes it
 # Once another thread may send the signal, it may come late: the default handler, put back, would end the process.
 _keep_handler = False
 
@@ -118,7 +125,9 @@ def _enter(guard: SyncGuard) -> None:
         if handler is not _on_alarm:
             signal.signal(signal.SIGALRM, _on_alarm)
         _before = (handler, rest, interval, now)
-    _guards.append(guard)
+    with _timer:
+        _guards.append(guard)
+        _set_timer(now)
     if guard.kill_stuck:
         kill_switch.register(guard)
         if guard.timeout_s is not None:
@@ -126,7 +135,6 @@ def _enter(guard: SyncGuard) -> None:
     if guard.interrupt is not None:
         _keep_handler = True
         guard.interrupt.bind(_wake)
-    _set_timer(now)
 
 
 def _leave(guard: SyncGuard) -> None:
@@ -134,15 +142,13 @@ def _leave(guard: SyncGuard) -> None:
     guard._frame = None
     if guard not in _guards:
         return
-    _guards.remove(guard)
+    with _timer:
+        _guards.remove(guard)
+        _set_timer(time.monotonic())
     if guard.interrupt is not None:
         guard.interrupt.unbind(_wake)
     kill_switch.disarm(guard)
-    if _guards:
-        _set_timer(time.monotonic())
-        return
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    if _before is None:
+    if _guards or _before is None:
         return
     handler, rest, interval, taken_at = _before
     _before = None
@@ -158,13 +164,15 @@ def _wake() -> None:
     for guard in list(_guards):
         if guard.kill_stuck and guard.interrupt is not None and guard.interrupt.cancelled:
             kill_switch.arm(guard, GRACE_S)
-    if ident is not None and _guards:
-        signal.pthread_kill(ident, signal.SIGALRM)
+    with _timer:
+        if ident is not None and _guards:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
+            signal.pthread_kill(ident, signal.SIGALRM)
 
 
 def _set_timer(now: float) -> None:
     due = [guard._next_at for guard in _guards if guard._next_at is not None]
-    signal.setitimer(signal.ITIMER_REAL, max(0.0001, min(due) - now) if due else 0)
+    signal.setitimer(signal.ITIMER_REAL, max(0.0001, min(due) - now) if due else 0, AGAIN_S if due else 0)
 
 
 def _on_alarm(signum: int, frame: FrameType | None) -> None:
@@ -174,9 +182,9 @@ def _on_alarm(signum: int, frame: FrameType | None) -> None:
     border = _border_below(frame)
     victim: SyncGuard | None = None
     for guard in _guards:
-        if guard._is_due(now):
+        if guard._is_due(now) and not guard._told_recently(now):
             held = border is not None and guard._holds(border)
-            guard._next_at = now + (REPEAT_S if held else LATER_S)
+            guard._next_at, guard._told = now + (REPEAT_S if held else LATER_S), held
             if victim is None and held:
                 victim = guard
     _set_timer(now)

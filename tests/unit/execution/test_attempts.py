@@ -211,7 +211,9 @@ def test_a_value_that_cannot_be_stored_fails_the_step_and_is_not_computed_again(
 
 def test_an_unknown_outcome_of_a_step_that_is_not_idempotent_is_a_lost_step() -> None:
     timeout = StepTimeoutError("too long")
-    bench = Bench(lambda command: Failed(timeout, outcome_unknown=True), policy=RetryPolicy(max_retries=5, idempotent=False))
+    bench = Bench(
+        lambda command: Failed(timeout, outcome_unknown=True), policy=RetryPolicy(max_retries=5, idempotent=False)
+    )
     ended = bench.run()
     assert len(bench.ran) == 1
     assert ended.why == "lost"

@@ -24,7 +24,9 @@ def policy(**values: Any) -> RetryPolicy:
     return RetryPolicy(**{"max_retries": 5, **values})
 
 
-def second_implementation(retry: int, p: RetryPolicy, rng: random.Random, previous: float | None) -> tuple[float, float]:
+def second_implementation(
+    retry: int, p: RetryPolicy, rng: random.Random, previous: float | None
+) -> tuple[float, float]:
     """Bounds of a delay, written apart from the first: by multiplication, one retry after another."""
     cap = p.max_retry_delay_s
     if cap is None:

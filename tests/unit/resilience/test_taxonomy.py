@@ -128,7 +128,9 @@ def test_a_registered_type_wins_over_its_bases_default_and_the_nearer_entry_over
     assert classify(error, with_kind({}, BusyStatus, "transient")) == "transient"
 
 
-@pytest.mark.parametrize(("exc_type", "kind"), [(ValueError, "sometimes"), (ValueError(), "transient"), (int, "permanent")])
+@pytest.mark.parametrize(
+    ("exc_type", "kind"), [(ValueError, "sometimes"), (ValueError(), "transient"), (int, "permanent")]
+)
 def test_a_wrong_registration_is_refused(exc_type: type[BaseException], kind: str) -> None:
     with pytest.raises(ConfigurationError):
         with_kind({}, exc_type, kind)
