@@ -1,0 +1,317 @@
+"""The client: one a process and storage. Reaches the controller, makes it where there is none, waits for runs.
+
+Called by the api (`runs.py`) through `connect`, `current` and `shutdown`; calls `embedded`, the controller, and the
+storage for everything that has ended. Threads: the api's, and one watcher that has a long poll at the controller.
+
+Faults: a controller that is killed and comes back (every call is made again, each may be repeated without harm); runs
+that another Ray owns (they are looked up in the storage); a Ray that was shut down under us.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import exceptions as rx
+
+from pyworkflow_ray.engine.events import CodeEnvironment, RunCreated
+from pyworkflow_ray.errors import PyWorkflowError, StorageError
+from pyworkflow_ray.execution.environment import capture_environment
+from pyworkflow_ray.runtime.controller import GROUPS, Controller, make_anchor
+from pyworkflow_ray.runtime.embedded import ensure_ray
+from pyworkflow_ray.runtime.messages import NAMESPACE, RuntimeConfig, Submitted, controller_name
+from pyworkflow_ray.runtime.process import set_log_level
+from pyworkflow_ray.storage.codec import StorageCodec
+from pyworkflow_ray.storage.lease import Lease
+from pyworkflow_ray.storage.storage import Storage
+
+log = logging.getLogger("pyworkflow_ray")
+
+_CALL_AGAIN_S = 60.0  # how long a controller may be away before a call gives up
+_POLL_S = 1.0
+_FOREIGN_POLL_S = 0.3
+_AWAY = (rx.ActorUnavailableError, rx.ActorDiedError, rx.GetTimeoutError)
+
+
+@dataclass(slots=True)
+class _Waiter:
+    future: Future[None]
+    checked_at: float = 0.0
+    foreign: bool = False
+
+
+class Client:
+    """See the module."""
+
+    def __init__(self, storage: Storage, config: RuntimeConfig, environment: CodeEnvironment, *, owns_ray: bool) -> None:
+        self.storage = storage
+        self.config = config
+        self.environment = environment
+        self.owns_ray = owns_ray
+        self.codec = StorageCodec(storage, allow_pickle=config.allow_pickle)
+        self._lock = threading.Lock()
+        self._controller: Any = None
+        self._waiters: dict[str, list[_Waiter]] = {}
+        self._wake = threading.Event()
+        self._closed = False
+        self._cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._controller = self._find_or_make()
+        self._thread = threading.Thread(target=self._watch_loop, name="pyworkflow-ray-watch", daemon=True)
+        self._thread.start()
+
+    # The controller ---------------------------------------------------------------------------------------------
+
+    def _find_or_make(self) -> Any:
+        name = controller_name(self.storage.storage_id)
+        try:
+            return ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            pass
+        lease = Lease.join(self.storage)  # held until the actors hold it: it must not look dead meanwhile
+        cpus = self._cpus
+        anchor = make_anchor(self.config, self.environment, lease.id, cpus, self.config.pool_min)
+        controller = (
+            ray.remote(concurrency_groups=GROUPS)(Controller)
+            .options(
+                name=name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
+                max_restarts=-1,
+                max_task_retries=0,
+            )
+            .remote(self.config, lease.id, self.environment, cpus)
+        )
+        threading.Thread(target=_let_go, args=(lease, controller, anchor), daemon=True).start()
+        return controller
+
+    def call(self, method: str, *args: Any, timeout_s: float = _CALL_AGAIN_S) -> Any:
+        """Call the controller, again while it is away. The method must bear being called twice.
+
+        Raises:
+            StorageError: it did not come back in time.
+            Whatever the method raised.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return ray.get(getattr(self._controller, method).remote(*args), timeout=timeout_s)
+            except rx.RayTaskError as error:
+                cause = error.cause
+                raise cause if isinstance(cause, PyWorkflowError) else error from None
+            except _AWAY as error:
+                if time.monotonic() >= deadline or not ray.is_initialized():
+                    raise StorageError(
+                        f"the controller of {self.storage.root} does not answer: {type(error).__name__}. Runs are durable; "
+                        "another process goes on with recover()",
+                        path=self.storage.root,
+                    ) from None
+                if isinstance(error, rx.ActorDiedError):
+                    self._controller = self._find_or_make()
+                time.sleep(0.05)
+
+    def submit(self, events: list[RunCreated]) -> list[Submitted]:
+        """Make the runs durable. In order of `events`."""
+        answers: list[Submitted] = []
+        for start in range(0, len(events), 200):
+            answers += self.call("submit", events[start : start + 200])
+        return answers
+
+    # Waiting ----------------------------------------------------------------------------------------------------
+
+    def ended(self, run_id: str) -> Future[None]:
+        """A future that is done once the run has ended (or can't be followed: reading it then says why)."""
+        waiter = _Waiter(Future())
+        with self._lock:
+            self._waiters.setdefault(run_id, []).append(waiter)
+        self._wake.set()
+        return waiter.future
+
+    def forget(self, run_id: str, future: Future[None]) -> None:
+        """Nobody waits for this future any more."""
+        with self._lock:
+            left = [w for w in self._waiters.get(run_id, []) if w.future is not future]
+            if left:
+                self._waiters[run_id] = left
+            else:
+                self._waiters.pop(run_id, None)
+
+    def _watch_loop(self) -> None:
+        cursor: tuple[str, int] | None = None
+        while not self._closed:
+            if not self._waiters:
+                self._wake.wait(1.0)
+                self._wake.clear()
+                if not self._waiters:
+                    cursor = None  # nothing was watched: what was missed is looked up
+                    continue
+            try:
+                news = ray.get(self._controller.watch.remote(cursor, _POLL_S), timeout=_POLL_S + 10.0)
+            except Exception as error:
+                if self._closed:
+                    return
+                log.debug("watching: %s", error)
+                cursor = None
+                self._look_at_all()
+                time.sleep(0.05)
+                continue
+            cursor = news.cursor
+            if news.reset:
+                self._look_at_all()
+                continue
+            for run_id, what in news.changes:
+                if what in ("completed", "failed", "cancelled", "damaged"):
+                    self._release(run_id)
+                elif what == "fenced":
+                    self._mark_foreign(run_id)
+            self._look_at_new()
+
+    def _look_at_all(self) -> None:
+        with self._lock:
+            for waiters in self._waiters.values():
+                for waiter in waiters:
+                    waiter.checked_at = 0.0
+        self._look_at_new()
+
+    def _look_at_new(self) -> None:
+        """Look up runs that were not looked at since they are waited for, and foreign ones again and again."""
+        now = time.monotonic()
+        with self._lock:
+            chosen = [
+                run_id
+                for run_id, waiters in self._waiters.items()
+                if any(not w.checked_at or (w.foreign and now - w.checked_at > _FOREIGN_POLL_S) for w in waiters)
+            ]
+        if not chosen:
+            return
+        known: dict[str, str] | None
+        try:
+            known = ray.get(self._controller.states.remote(chosen), timeout=10.0)
+        except Exception:
+            known = None
+        for run_id in chosen:
+            if known is not None and run_id in known:
+                self._checked(run_id, foreign=False)
+            elif self._has_ended(run_id):
+                self._release(run_id)
+            else:
+                self._checked(run_id, foreign=True)
+
+    def _has_ended(self, run_id: str) -> bool:
+        try:
+            return self.storage.read_run(run_id).finished
+        except StorageError:
+            return True  # reading it again tells the caller
+        except PyWorkflowError:
+            return True
+
+    def _checked(self, run_id: str, *, foreign: bool) -> None:
+        with self._lock:
+            for waiter in self._waiters.get(run_id, []):
+                waiter.checked_at, waiter.foreign = time.monotonic(), foreign
+
+    def _mark_foreign(self, run_id: str) -> None:
+        self._checked(run_id, foreign=True)
+
+    def _release(self, run_id: str) -> None:
+        with self._lock:
+            waiters = self._waiters.pop(run_id, [])
+        for waiter in waiters:
+            if not waiter.future.done():
+                waiter.future.set_result(None)
+
+    # End --------------------------------------------------------------------------------------------------------
+
+    def close(self, drain_timeout_s: float) -> None:
+        """Let go. A Ray that we started is drained and ended; any other goes on without us."""
+        if self._closed:
+            return
+        if self.owns_ray and ray.is_initialized():
+            try:
+                self.call("drain", drain_timeout_s, timeout_s=drain_timeout_s + 5.0)
+            except Exception as error:
+                log.debug("draining: %s", error)
+        self._closed = True
+        self._wake.set()
+        if self.owns_ray and ray.is_initialized():
+            ray.shutdown()
+
+
+def _let_go(lease: Lease, controller: Any, anchor: Any) -> None:
+    """Hold the lease until the actors do."""
+    try:
+        ray.get([controller.ready.remote(), anchor.lease.remote()], timeout=120.0)
+    except Exception as error:
+        log.debug("the controller has not answered: %s", error)
+    lease.close()
+
+
+# One client a process ---------------------------------------------------------------------------------------------
+
+_connecting = threading.RLock()
+_current: Client | None = None
+
+
+def current() -> Client | None:
+    """The client of this process, if there is one that is still good."""
+    client = _current
+    return client if client is not None and not client._closed and ray.is_initialized() else None
+
+
+def connect(
+    storage: Path | str,
+    *,
+    address: str | None = None,
+    allow_pickle: bool = True,
+    pool_min: int = 1,
+    pool_max: int | None = None,
+    worker_wait_max_s: float = 1.0,
+    log_level: str = "INFO",
+    ray_options: dict[str, Any] | None = None,
+) -> Client:
+    """The client of this process, made at the first call: Ray found or started, controller and anchor found or made."""
+    global _current
+    with _connecting:
+        found = current()
+        if found is not None:
+            return found
+        set_log_level(log_level)
+        opened = Storage.open(storage)
+        owns_ray = ensure_ray(address, ray_options)
+        config = RuntimeConfig(
+            storage=opened.root,
+            storage_id=opened.storage_id,
+            allow_pickle=allow_pickle,
+            pool_min=pool_min,
+            pool_max=pool_max,
+            worker_wait_max_s=worker_wait_max_s,
+            log_level=log_level,
+            embedded=owns_ray,
+        )
+        _current = Client(opened, config, capture_environment(_runtime_env()), owns_ray=owns_ray)
+        return _current
+
+
+def disconnect(drain_timeout_s: float = 10.0) -> None:
+    """End the client of this process, if there is one."""
+    global _current
+    with _connecting:
+        client, _current = _current, None
+        if client is not None:
+            client.close(drain_timeout_s)
+
+
+def _runtime_env() -> dict[str, Any]:
+    """The job's runtime_env, as far as it is plain data: run actors and steps are to have it too."""
+    try:
+        env = dict(ray.get_runtime_context().runtime_env)
+    except Exception:
+        return {}
+    return {key: value for key, value in env.items() if not key.startswith("_")}

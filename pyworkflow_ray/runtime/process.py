@@ -1,0 +1,85 @@
+"""What a worker process of ours holds once: its storage, its codec, who it is, and the breakers it knows.
+
+Called by run actors and step hosts. Faults: the storage's directory is not here (another node without the shared disk);
+the error names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from typing import Any
+
+from pyworkflow_ray.engine.calls import StepCall
+from pyworkflow_ray.runtime.messages import RuntimeConfig
+from pyworkflow_ray.storage.codec import StorageCodec
+from pyworkflow_ray.storage.storage import Storage
+
+
+OUR_PREFIX = "pyworkflow_ray "
+
+
+class Process:
+    """Storage, codec and names of this process, for one runtime configuration."""
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        self.config = config
+        self.storage = Storage.open(config.storage, create=False)
+        self.codec = StorageCodec(self.storage, allow_pickle=config.allow_pickle)
+        self.worker = f"{os.getpid()}"
+        self.node = node_name()
+
+
+    def guard(self, call: StepCall) -> Any:
+        """The breaker of this call, as this process sees it; None where it has none."""
+        if call.breaker is None:
+            return None
+        from pyworkflow_ray.runtime.breaker_actor import guard_for
+
+        return guard_for(call)
+
+
+_lock = threading.Lock()
+_processes: dict[RuntimeConfig, Process] = {}
+
+
+def enter_process(config: RuntimeConfig) -> Process:
+    """The process state of `config`, made at its first use here."""
+    with _lock:
+        found = _processes.get(config)
+        if found is None:
+            set_log_level(config.log_level)
+            found = _processes[config] = Process(config)
+        return found
+
+
+def set_log_level(level: str) -> None:
+    """Our loggers' level; in an actor or worker of ours also a handler whose lines the driver lets through."""
+    logger = logging.getLogger("pyworkflow_ray")
+    logger.setLevel(level)
+    if in_worker() and not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"{OUR_PREFIX}%(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+
+
+def in_worker() -> bool:
+    """Whether this is a process that Ray started."""
+    import ray
+
+    try:
+        return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
+    except Exception:
+        return False
+
+
+def node_name() -> str:
+    """The node, as Ray calls it; the host's name outside of Ray."""
+    with contextlib.suppress(Exception):
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())[:12]
+    return socket.gethostname()

@@ -1,0 +1,166 @@
+"""The step host: one Ray task that pulls step calls of one run actor, executes each, and ends when there are none.
+
+Submitted by `hosts` (in the run actor); calls the run actor back (`step_done`, `attend`), `execution.code` to load the
+step and `execution.worker` to run it on this process's main thread, where a signal can interrupt it.
+
+Faults: this process may die at any moment (the run actor sees it by the task's end); the run actor may die (Ray then
+ends this task, and every call to it raises); a step may be stuck where nothing but the end of the process helps.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from pyworkflow_ray.engine.calls import Outcome, StepCall
+from pyworkflow_ray.engine.events import AttemptFailed, CodeEnvironment, StepStarted
+from pyworkflow_ray.execution.code import load_step
+from pyworkflow_ray.execution.environment import enter_environment
+from pyworkflow_ray.execution.worker import Interrupt, execute_call
+from pyworkflow_ray.runtime.messages import RuntimeConfig
+from pyworkflow_ray.runtime.process import Process, enter_process
+
+_FIRST_LOOK_S = 0.05  # an attempt that ends sooner is reported by its outcome alone
+_LOOK_S = 0.25  # between two questions whether the step shall stop
+
+
+def host_steps(
+    actor: Any, host_id: str, config: RuntimeConfig, environment: CodeEnvironment, slice_s: float | None = None
+) -> int:
+    """Body of the Ray task. Returns how many calls it executed."""
+    enter_environment(environment)
+    process = enter_process(config)
+    watch = _watch_of_this_process()
+    executed = 0
+    done: Outcome | None = None
+    while True:
+        call: StepCall | None = ray.get(actor.step_done.remote(host_id, done))
+        if call is None:
+            return executed
+        done = _execute(actor, host_id, call, process, watch)
+        executed += 1
+
+
+def _execute(actor: Any, host_id: str, call: StepCall, process: Process, watch: _Watch) -> Outcome:
+    interrupt = Interrupt()
+    reporter = watch.begin(actor, host_id, call, interrupt)
+    try:
+        return run_call(call, process, report=reporter, interrupt=interrupt)
+    finally:
+        watch.end()
+
+
+def run_call(
+    call: StepCall, process: Process, *, report: Callable[[StepStarted | AttemptFailed], None], interrupt: Interrupt
+) -> Outcome:
+    """Load the step's code and execute the call; code that can't be loaded is a failed outcome. Never raises."""
+    started_at = time.time()
+    try:
+        step = load_step(call.code, process.storage.get_blob, process.codec.decode)
+        guard = process.guard(call)
+    except Exception as error:
+        return Outcome(
+            position=call.position,
+            dispatch=call.dispatch,
+            status="failed",
+            attempt=call.first_attempt,
+            error=process.codec.encode_error(error, "permanent"),
+            why="code",
+            started_at=started_at,
+            ended_at=time.time(),
+            worker=process.worker,
+            node=process.node,
+        )
+    return execute_call(
+        call,
+        step,
+        process.codec,
+        report=report,
+        interrupt=interrupt,
+        breaker=guard,
+        wait_max_s=process.config.worker_wait_max_s,
+        worker=process.worker,
+        node=process.node,
+    )
+
+
+class _Watch:
+    """One thread a worker process: streams attempts to the run actor and asks it whether the step shall stop.
+
+    A call that is over within 50 ms costs no message of its own. `begin` and `end` are called by the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._wake = threading.Condition()
+        self._call: StepCall | None = None
+        self._actor: Any = None
+        self._host_id = ""
+        self._interrupt: Interrupt | None = None
+        self._notes: list[StepStarted | AttemptFailed] = []
+        self._next_look = 0.0
+        self._thread = threading.Thread(target=self._loop, name="pyworkflow-ray-watch", daemon=True)
+        self._thread.start()
+
+    def begin(
+        self, actor: Any, host_id: str, call: StepCall, interrupt: Interrupt
+    ) -> Callable[[StepStarted | AttemptFailed], None]:
+        with self._wake:
+            self._call, self._actor, self._host_id, self._interrupt = call, actor, host_id, interrupt
+            self._notes = []
+            self._next_look = time.monotonic() + _FIRST_LOOK_S
+            self._wake.notify()
+        at_once = call.policy.timeout_s is not None  # stuck code holds the GIL: this thread may never run again
+
+        def report(event: StepStarted | AttemptFailed) -> None:
+            if at_once or isinstance(event, AttemptFailed):
+                # not waited for: what gets lost with this process is recorded as unknown
+                actor.attend.remote(host_id, call.position, call.dispatch, [event])
+                return
+            with self._wake:
+                if self._call is call:
+                    self._notes.append(event)
+
+        return report
+
+    def end(self) -> None:
+        with self._wake:
+            self._call = self._actor = self._interrupt = None
+            self._notes = []
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while self._call is None:
+                    self._wake.wait()
+                wait = self._next_look - time.monotonic()
+                if wait > 0:
+                    self._wake.wait(wait)
+                    continue
+                call, actor, interrupt = self._call, self._actor, self._interrupt
+                notes, self._notes = self._notes, []
+                self._next_look = time.monotonic() + _LOOK_S
+            if call is None or interrupt is None:
+                continue
+            try:
+                stop = ray.get(actor.attend.remote(self._host_id, call.position, call.dispatch, notes), timeout=10.0)
+            except Exception:  # the run actor is gone: nobody wants the outcome, and Ray ends this process soon
+                stop = True
+            if stop:
+                with self._wake:
+                    if self._call is call:
+                        interrupt.cancel()
+
+
+_watch: tuple[int, _Watch] | None = None
+
+
+def _watch_of_this_process() -> _Watch:
+    global _watch
+    if _watch is None or _watch[0] != os.getpid():
+        _watch = (os.getpid(), _Watch())
+    return _watch[1]

@@ -1,0 +1,72 @@
+"""The outcome of an attempt that was stuck beyond its timeout, where only the end of its worker helped.
+
+Called by `run_actor` when a step host died and its attempt's time was over; calls `resilience.retry`, as the attempt
+loop would have done in the worker.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+from pyworkflow_ray.durations import format_duration
+from pyworkflow_ray.engine.calls import Outcome, StepCall
+from pyworkflow_ray.engine.events import AttemptFailed
+from pyworkflow_ray.errors import StepTimeoutError
+from pyworkflow_ray.execution.code import load_step
+from pyworkflow_ray.resilience.retry import ErrorFilter, Retry, decide
+from pyworkflow_ray.runtime.process import Process
+
+
+def stuck_outcome(call: StepCall, process: Process, attempt: int, retries_used: int, began: float) -> Outcome:
+    """Handed back for its next attempt, or failed with `StepTimeoutError`, as the step's policy says."""
+    now = time.time()
+    timeout = call.policy.timeout_s or 0.0
+    error = StepTimeoutError(
+        f"step {call.step!r}, attempt {attempt}, was stuck beyond its timeout of {format_duration(timeout)} in code that "
+        "nothing can interrupt; its worker was ended"
+    )
+    retry_on: ErrorFilter | None = None
+    no_retry_on: ErrorFilter = ()
+    try:
+        step = load_step(call.code, process.storage.get_blob, process.codec.decode)
+        retry_on, no_retry_on = step.retry_on, step.no_retry_on
+    except Exception:
+        pass  # the policy's numbers decide alone
+    decided = decide(
+        error,
+        "timeout",
+        call.policy,
+        now=now,
+        rng=random.Random(),
+        retries_used=retries_used,
+        retry_on=retry_on,
+        no_retry_on=no_retry_on,
+        deadline=call.deadline,
+        outcome_unknown=True,
+    )
+    again = decided if isinstance(decided, Retry) else None
+    failed = AttemptFailed(
+        position=call.position,
+        dispatch=call.dispatch,
+        attempt=attempt,
+        started_at=began,
+        ended_at=now,
+        error=process.codec.encode_error(error, "timeout"),
+        delay_s=again.delay_s if again else None,
+        delay_reason=again.reason if again else "none left",
+        retry_at=again.retry_at if again else None,
+        node=process.node,
+    )
+    return Outcome(
+        position=call.position,
+        dispatch=call.dispatch,
+        status="handed_back" if again else "failed",
+        attempt=attempt,
+        attempts=[failed],
+        error=None if again else failed.error,
+        why="" if again is not None or isinstance(decided, Retry) else decided.why,
+        started_at=began,
+        ended_at=now,
+        retry_at=again.retry_at if again else None,
+    )

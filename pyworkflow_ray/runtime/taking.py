@@ -1,0 +1,155 @@
+"""Runs that the controller does not know yet, or no more: recover, resume, cancel of others' runs, pausing here.
+
+Called by `controller`, whose lock guards its books; reads and writes the storage without holding it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from pyworkflow_ray.engine.events import Event, RunActivated, RunCreated, RunFailed, RunParked, RunPaused
+from pyworkflow_ray.engine.history import failed_positions
+from pyworkflow_ray.errors import ConfigurationError, FencedError, RunError, StorageError
+from pyworkflow_ray.runtime.active_run import ActiveRun
+from pyworkflow_ray.runtime.messages import Assignment, Cause, RunReport
+from pyworkflow_ray.storage.lease import lease_states, orphans
+
+if TYPE_CHECKING:
+    from pyworkflow_ray.runtime.controller import Controller
+
+log = logging.getLogger("pyworkflow_ray.controller")
+
+
+def standing(events: list[Event]) -> tuple[str, float | None]:
+    """How an unfinished run stands by its events: "parked" with its due time, "paused", "pending" or "running"."""
+    for event in reversed(events):
+        if isinstance(event, RunParked):
+            return "parked", event.due_at
+        if isinstance(event, RunPaused):
+            return "paused", None
+        if isinstance(event, RunActivated):
+            return "running", None
+    return "pending", None
+
+
+def recover(controller: Controller, steal: bool) -> list[str]:
+    """Take up what nobody holds. A paused run waits for a person still; it is not touched."""
+    if steal:
+        raise ConfigurationError("recover(steal=True) is not available in this version")
+    found = orphans(controller.storage)
+    for run_id, why in found.damaged.items():
+        log.error("run %s is damaged and was left alone: %s", run_id, why)
+    taken = []
+    for orphan in found.runs:
+        with controller.lock:
+            if orphan.run_id in controller.runs:
+                continue
+        try:
+            history = controller.storage.read_run(orphan.run_id)
+        except StorageError as error:
+            log.error("run %s can't be read and was left alone: %s", orphan.run_id, error)
+            continue
+        if standing(history.events)[0] == "paused":
+            continue
+        enlist(controller, history.events, Assignment(orphan.run_id, cause="recovery", after=orphan.epoch))
+        taken.append(orphan.run_id)
+    return taken
+
+
+def enlist(controller: Controller, events: list[Event], assignment: Assignment) -> None:
+    """Take a run into the books and let it wait for a run actor."""
+    from pyworkflow_ray.runtime.controller import Known
+
+    created = events[0]
+    assert isinstance(created, RunCreated)
+    with controller.lock:
+        if assignment.run_id in controller.runs:
+            return
+        known = Known(assignment.run_id, controller.pool_locked(created.environment))
+        known.cancel = assignment.cancel
+        controller.runs[assignment.run_id] = known
+        controller.enqueue_locked(known, assignment, urgent=assignment.cause == "recovery")
+
+
+def take_up(
+    controller: Controller, run_id: str, cause: Cause, *, cancel: tuple[str | None] | None = None
+) -> str:
+    """Take a run up that is not in the books. "ended" where there is nothing to take.
+
+    Raises:
+        RunNotFoundError, StorageError: as `read_run`.
+        RunError: another, living Ray owns it.
+    """
+    history = controller.storage.read_run(run_id)
+    if history.finished:
+        return "ended"
+    check_owner(controller, run_id, history.lease)
+    assignment = Assignment(run_id, cause=cause, cancel=cancel, after=history.epoch)
+    enlist(controller, history.events, assignment)
+    return "asked"
+
+
+def check_owner(controller: Controller, run_id: str, lease: str) -> None:
+    mine = controller.lease.id if controller.lease is not None else ""
+    if not lease or lease == mine or lease in lease_states(controller.storage, declare=True).dead:
+        return
+    raise RunError(
+        f"run {run_id!r} is owned by another Ray that is alive (lease {lease[:8]}): ask there, or stop it and recover()",
+        run_id=run_id,
+    )
+
+
+def resume(controller: Controller, run_id: str) -> str:
+    """See `Controller.resume`."""
+    with controller.lock:
+        known = controller.runs.get(run_id)
+        if known is not None:
+            if known.state != "paused":
+                return "nothing"
+            controller.enqueue_locked(known, Assignment(run_id, cause="resume"))
+            return "asked"
+    history = controller.storage.read_run(run_id)
+    if not history.finished:
+        if standing(history.events)[0] != "paused":
+            return "nothing"
+        check_owner(controller, run_id, history.lease)
+        enlist(controller, history.events, Assignment(run_id, cause="resume", after=history.epoch))
+        return "asked"
+    ended = next((e for e in reversed(history.events) if isinstance(e, RunFailed)), None)
+    if ended is None or history.events[-1] is not ended:
+        return "nothing"
+    resets = failed_positions(history.events)
+    if not resets:
+        raise RunError(
+            f"run {run_id!r} failed in the workflow's own code ({ended.error.type}: {ended.error.message}), not in a "
+            "step: there is no step to go on from. Start it anew under another run_id",
+            run_id=run_id,
+        )
+    enlist(controller, history.events, Assignment(run_id, cause="resume", resets=resets, after=history.epoch))
+    return "asked"
+
+
+class _Nobody:
+    def dispatch_locked(self, call: object) -> None:
+        raise AssertionError("a run that is paused dispatches nothing")
+
+    def withdraw_locked(self, position: str, dispatch: int) -> None:
+        pass
+
+
+def pause_run(controller: Controller, given: Assignment, why: str) -> RunReport:
+    """Pause a run from here, by an epoch of its own: no run actor can take it."""
+    lease = controller.lease.id if controller.lease is not None else ""
+    try:
+        journal, events = controller.storage.activate(given.run_id, lease, first=given.first, after=given.after)
+        who = (controller.process.worker, controller.process.node)
+        run = ActiveRun(given, journal, events, _Nobody(), who=who)
+        message = f"run {given.run_id!r} is paused: {why}. Then: pyworkflow-ray runs resume {given.run_id}"
+        run.pause_locked("environment", message, lease)
+        assert run.report is not None
+        return run.report
+    except FencedError:
+        return RunReport(given.run_id, "fenced")
+    except StorageError as error:
+        return RunReport(given.run_id, "damaged", message=str(error))
