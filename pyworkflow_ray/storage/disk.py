@@ -70,7 +70,7 @@ class Disk:
             os.close(fd)
 
     def sync_old_epoch(self, path: str) -> None:
-        """Make durable what another owner left in its file, and read it from the disk afterwards.
+        """Make durable what another owner left in its file, and let the next reading come from the disk.
 
         The pages are dropped from the cache (best effort): after a failed write-back they look clean and hold what the
         disk does not.

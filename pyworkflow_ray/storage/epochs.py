@@ -100,7 +100,7 @@ class Accepted:
 
     records: (epoch, body) of each event, in order; seq is the index. newest, lease: the newest epoch and whose it is.
     open_parts: the epochs that no seal covers yet, ascending, up to the newest: what the next owner must seal.
-    torn: why the tail was cut, "" where nothing was. chain, length: where the newest file's accepted records end.
+    torn: why the tail was cut, "" where nothing was. prefixes: what counts of each epoch's file.
     """
 
     records: list[tuple[int, bytes]] = field(default_factory=list)
@@ -109,6 +109,11 @@ class Accepted:
     newest: int = -1
     lease: str = ""
     torn: str = ""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the newest epoch has its seal (epoch 0 needs none): no stale owner can add to this history."""
+        return len(self.open_parts) == 1
 
     @property
     def last_seq(self) -> int:

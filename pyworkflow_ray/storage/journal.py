@@ -6,7 +6,7 @@ stopped for hours and goes on; a write or fdatasync that fails, after which the 
 begun. The protocol, with its proofs in tests/property/test_fence_model.py:
 
 * take over: create the next epoch's file exclusively, with its head (the lease) already in it; sync the directory;
-  list it, and give up if anything newer is there; fdatasync the epochs that no seal covers; read; write the seal.
+  list it, and give up if anything newer is there; read; fdatasync the epochs that no seal covers; write the seal.
 * append: write, fdatasync, list the directory. Acknowledged only if no newer epoch is there.
 * nobody writes to, or truncates, another owner's file.
 """
@@ -106,6 +106,9 @@ def read_view(place: Place, known: View | None = None) -> View:
         layout = place.layout()
         try:
             files = _read_files(place, layout)
+            # An epoch begun after this second look reads all that we read, so nothing of it can vanish again.
+            if place.layout().newest != layout.newest:
+                continue
         except FileNotFoundError:
             continue  # folded away between listing and reading: list again
         except OSError as error:
@@ -338,17 +341,30 @@ def _claim(place: Place, mine: int, lease: str) -> int:
 
 
 def _settle_earlier(place: Place, before: View, mine: int) -> View:
-    """What the epochs before `mine` hold, now that no append to them is acknowledged any more, and durable."""
-    for part in before.accepted.open_parts:
-        failpoint("epoch.before_sync_old")
-        try:
-            place.disk.sync_old_epoch(place.path(part.epoch))
-        except FileNotFoundError:
-            raise _lost(place, mine) from None  # only a newer owner folds an epoch away
-    view = read_view(place, before)
-    if view.layout.newest != mine:
-        raise _lost(place, mine)
-    return view
+    """What the epochs before `mine` hold, now that no append to them is acknowledged any more; durable.
+
+    Read first, then synced: a stale owner may write between the two, and what is sealed must be safe. Then compared
+    with what the disk gives back: after a failed write-back the page cache shows what the disk does not hold.
+    """
+    known = before
+    for _ in range(_READ_TRIES):
+        view = read_view(place, known)
+        if view.layout.newest != mine:
+            raise _lost(place, mine)
+        kept = True
+        for part in view.accepted.open_parts:
+            if part.epoch != mine:
+                failpoint("epoch.before_sync_old")
+                try:
+                    place.disk.sync_old_epoch(place.path(part.epoch))
+                    again = place.disk.read(place.path(part.epoch))
+                except FileNotFoundError:
+                    raise _lost(place, mine) from None  # only a newer owner folds an epoch away
+                kept = kept and again.startswith(view.accepted.prefixes[part.epoch])
+        if kept:
+            return view
+        known = view
+    raise StorageError(f"{place.directory}: the disk does not keep what was written", path=place.directory)
 
 
 def _lost(place: Place, mine: int) -> FencedError:

@@ -76,6 +76,8 @@ class RunHistory:
 
     torn: the tail of the newest file was cut off by a crash, or is being written at this moment; `detail` says where.
     finished: it has ended, and was not resumed after it.
+    settled: the newest epoch has its seal. While it has none (a take-over is under way, or died) the last events may be
+        a stale owner's that the seal will leave out: whoever must be certain, of a result say, reads again.
     """
 
     run_id: str
@@ -86,6 +88,7 @@ class RunHistory:
     torn: bool
     detail: str
     finished: bool
+    settled: bool
 
 
 class Storage:
@@ -235,14 +238,21 @@ class Storage:
     # Reading runs
 
     def read_run(self, run_id: str) -> RunHistory:
-        """The run's history: from any process, at any time, without a lock.
+        """The run's history: from any process, at any time, without a lock; of a retired run from its checkpoint.
 
         Raises:
-            RunNotFoundError: no such run here (or its journal was retired after a checkpoint took it over).
+            RunNotFoundError: no such run here.
             CorruptJournalError: a file of it is damaged; `.path` names its directory.
             StorageError: it can't be read, or a newer version wrote it.
         """
-        view = self._view(run_id)
+        if self.is_retired(run_id):
+            return self._read_compacted(run_id)
+        try:
+            view = self._view(run_id)
+        except RunNotFoundError:
+            if self.is_retired(run_id):  # meanwhile
+                return self._read_compacted(run_id)
+            raise
         accepted = view.accepted
         if accepted.torn:
             logger.info("run %s: a torn tail is ignored, %s", run_id, accepted.torn)
@@ -255,7 +265,23 @@ class Storage:
             torn=bool(accepted.torn),
             detail=accepted.torn,
             finished=view.standing.finished,
+            settled=accepted.settled,
         )
+
+    def is_retired(self, run_id: str) -> bool:
+        """Whether the run's journal has made way for a checkpoint. What is left of it no longer counts."""
+        return self.disk.exists(f"{self._directory(run_id)}/{_RETIRED}")
+
+    def _read_compacted(self, run_id: str) -> RunHistory:
+        from pyworkflow_ray.storage.checkpoint import CompactedRuns  # loads pyarrow, which workers never need
+
+        try:
+            return CompactedRuns(self).read(run_id)
+        except RunNotFoundError:
+            path = f"{self.root}/checkpoints"
+            raise CorruptJournalError(
+                f"run {run_id!r} was compacted, and no manifest in {path} holds it: restore it", path=path
+            ) from None
 
     def _view(self, run_id: str) -> View:
         with self._finding(run_id) as place:
@@ -366,30 +392,39 @@ class Storage:
     def retire_run(self, run_id: str) -> None:
         """Remove the journal of a finished run that a checkpoint holds durably. Its id stays taken.
 
+        Once the tombstone stands the journal no longer counts, so that a crash among the removals leaves no shorter
+        history; calling this again goes on with them.
+
         Raises:
             StorageError: the run has not ended.
         """
-        view = self._view(run_id)
-        place = self._place(run_id)
+        directory = self._directory(run_id)
+        try:
+            if not self.is_retired(run_id):
+                self._bury(run_id)
+            failpoint("retire.before_unlink")
+            for name in self.disk.listdir(directory):
+                if name.endswith(".journal"):
+                    self.disk.unlink(f"{directory}/{name}")
+                    failpoint("retire.after_unlink")
+        except OSError as error:
+            raise disk_error("retiring", directory, error) from error
+
+    def _bury(self, run_id: str) -> None:
+        view, place = self._view(run_id), self._place(run_id)
         if not view.standing.finished:
             raise StorageError(f"run {run_id!r} has not ended: its journal can't be retired", path=place.directory)
         created = view.events[0]
         assert isinstance(created, RunCreated)
         self.unlist_finished(run_id)
+        temporary = f"{place.temporary}/{self.disk.token()}"
         tombstone = encode_checked(f"runs/{run_id}", {"run_id": run_id, "run_uid": created.run_uid})
-        try:
-            if not self.disk.exists(f"{place.directory}/{_RETIRED}"):
-                temporary = f"{place.temporary}/{self.disk.token()}"
-                self.disk.write_file(temporary, tombstone)
-                with contextlib.suppress(FileExistsError):
-                    self.disk.link(temporary, f"{place.directory}/{_RETIRED}")
-                self.disk.unlink(temporary)
-                self.disk.sync_dir(place.directory)
-            for name in self.disk.listdir(place.directory):
-                if name.endswith(".journal"):
-                    self.disk.unlink(f"{place.directory}/{name}")
-        except OSError as error:
-            raise disk_error("retiring", place.directory, error) from error
+        self.disk.write_file(temporary, tombstone)
+        failpoint("retire.before_link")
+        with contextlib.suppress(FileExistsError):
+            self.disk.link(temporary, f"{place.directory}/{_RETIRED}")
+        self.disk.unlink(temporary)
+        self.disk.sync_dir(place.directory)
 
     # Blobs
 
