@@ -169,6 +169,7 @@ async def run_async_attempt(
 
     try:
         task = loop.create_task(_call(start))
+        tasks.discard(task)  # the attempt itself, not what it left
         if kill_stuck:
             kill_switch.register(switch)
             if timeout_s is not None:

@@ -209,8 +209,10 @@ def _error(get: object, url: str) -> Exception:
 @CLIENTS
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(408, "transient"), (425, "transient"), (429, "transient"), (500, "transient"), (503, "transient")]
-    + [(400, "permanent"), (401, "permanent"), (404, "permanent"), (422, "permanent")],
+    [
+        *((status, "transient") for status in (408, 425, 429, 500, 503)),
+        *((status, "permanent") for status in (400, 401, 404, 422)),
+    ],
 )
 def test_kind_by_http_status(server: str, get: object, status: int, kind: str) -> None:
     assert classify(_error(get, f"{server}/{status}")) == kind
