@@ -75,7 +75,6 @@ class Unknown(Exception):
         (RetryBudgetExhausted("x"), "cascade"),
         (TimeoutError(), "timeout"),
         (StepTimeoutError("x"), "timeout"),
-        (socket.timeout(), "timeout"),
         (httpx.ReadTimeout("x"), "timeout"),
         (httpx.ConnectError("x"), "transient"),
         (httpx.UnsupportedProtocol("x"), "permanent"),
