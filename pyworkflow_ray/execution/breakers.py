@@ -206,6 +206,10 @@ class LocalCircuit:
         permit = riding(self)
         if permit is not None:
             return permit
+        # Closed needs no lock. The generation is read first: if the state changes in between, the call is a late one.
+        generation = self._breaker.generation
+        if self._breaker.state is BreakerState.CLOSED:
+            return Permit(self, generation, None)
         with self._lock:
             now = self._clock()
             answer = self._breaker.ask(now)
@@ -219,6 +223,9 @@ class LocalCircuit:
 
     def tell(self, permit: Permit, event: BreakerEvent, error: str) -> Future[None] | None:
         assert permit.generation is not None
+        changes = event is BreakerEvent.FAILURE or (event is BreakerEvent.SUCCESS and self._breaker.failures > 0)
+        if permit.number is None and not changes:
+            return None
         with self._lock:
             was, now = self._breaker.state, self._clock()
             self._breaker.ended(event, now, generation=permit.generation, permit=permit.number, error=error)

@@ -21,7 +21,7 @@ from pyworkflow_ray.execution.breakers import CircuitGuard
 from pyworkflow_ray.resilience.breaker import BreakerEvent, BreakerSettings
 from pyworkflow_ray.resilience.mirror import Mirror
 from pyworkflow_ray.resilience.policy import RetryPolicy
-from pyworkflow_ray.runtime.breaker_actor import NAMESPACE, _make, actor_name, guard_for, settings_of
+from pyworkflow_ray.runtime.breaker_actor import _LINKS, NAMESPACE, _make, actor_name, guard_for, settings_of
 from pyworkflow_ray.runtime.breaker_link import Link, new_process_id, session_id
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -93,6 +93,11 @@ def processes(ray_cluster: None) -> Any:
     yield actors
     for actor in actors:
         ray.kill(actor)
+    for link in _LINKS.values():  # or this process would make the breakers' actors again
+        link.close()
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["name"].startswith("breaker:test-"):
+            ray.kill(ray.get_actor(**actor))
 
 
 def actor_of(breaker: CircuitBreaker) -> Any:
