@@ -116,7 +116,8 @@ class Driver:
             details = {name: getattr(error, name) for name in ("position", "recorded", "attempted", "remedy")}
             return self._pause("nondeterminism", str(error), now, details)
         if before.cancel is not None:
-            self._cancel_deadline = now + self._limits.cancel_grace_s
+            since = before.cancel.at if activation.cause == "wake" else now  # a lost owner must not shorten the grace
+            self._cancel_deadline = since + self._limits.cancel_grace_s
         taken_up = [(p, s) for p, s in before.steps.items() if s.ended is None]
         self._commands(fresh, now)
         for position, step in taken_up:
@@ -228,13 +229,13 @@ class Driver:
         """The store confirmed everything up to `seq`."""
         self._durable = max(self._durable, seq)
         while self._gated and self._gated[0][0] <= self._durable:
-            effect = self._gated.popleft()[1]
+            gate, effect = self._gated.popleft()
             if isinstance(effect, Dispatch):
                 step = self._current(effect.call.position, effect.call.dispatch)
                 if step is None:
                     continue
             elif isinstance(effect, Park):
-                if self._history.next_seq - 1 > seq or self._pending or self._lazy:
+                if self._history.next_seq - 1 > gate:
                     continue  # something happened meanwhile: settle decides anew
                 self._over = True
             elif isinstance(effect, (Pause, Finish)):
@@ -514,7 +515,7 @@ class Driver:
             return
         deadline = self._deadline() if self._history.cancel is None else None
         due = min(m for m in (*waits, deadline, self._cancel_deadline) if m is not None)
-        parked = any(isinstance(effect, Park) for _, effect in self._gated)
+        parked = any(isinstance(effect, Park) and gate == self._history.next_seq - 1 for gate, effect in self._gated)
         if due - now > self._limits.park_after_s and not parked:
             event = RunParked(at=now, due_at=due)
             self._command(event)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from pyworkflow_ray.engine.events import Event, event_adapter
+from pyworkflow_ray.engine.events import Event, StepCompleted, StepScheduled, event_adapter
 
 
 class MemoryStore:
@@ -17,6 +17,8 @@ class MemoryStore:
     def __init__(self) -> None:
         self.durable: list[bytes] = []
         self.acknowledged = -1
+        self.completed: set[str] = set()  # positions of steps whose completion is durable
+        self.scheduled: set[str] = set()  # positions of steps that are durably scheduled
         self._written: list[Event] = []  # appended, not durable yet
 
     def append(self, events: tuple[Event, ...]) -> int:
@@ -30,16 +32,19 @@ class MemoryStore:
 
     def sync(self) -> int:
         """Make all that was appended durable; gives the last durable seq."""
-        self.durable.extend(event.model_dump_json().encode() for event in self._written)
-        self._written.clear()
+        self._persist(self._written)
         self.acknowledged = len(self.durable) - 1
         return self.acknowledged
 
     def crash(self, rng: random.Random) -> None:
         """The owner died: a prefix of what was not durable survives."""
-        kept = self._written[: rng.randint(0, len(self._written))]
-        self.durable.extend(event.model_dump_json().encode() for event in kept)
-        self._written.clear()
+        self._persist(self._written[: rng.randint(0, len(self._written))])
+
+    def _persist(self, events: list[Event]) -> None:
+        self.durable.extend(event.model_dump_json().encode() for event in events)
+        self.completed.update(event.position for event in events if isinstance(event, StepCompleted))
+        self.scheduled.update(event.position for event in events if isinstance(event, StepScheduled))
+        self._written = []
 
     def events(self) -> list[Event]:
         """The accepted history."""

@@ -106,6 +106,7 @@ class Simulator:
         self._driver: Driver | None = None
         self._epoch = -1
         self._tick_at: float | None = None
+        self._parked = False
         created = RunCreated(
             at=START_AT,
             run_id="simulated",
@@ -150,8 +151,13 @@ class Simulator:
     def _at(self, delay: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (self._now + delay, next(self._order), action))
 
+    def _wake(self, epoch: int) -> None:
+        if self._parked and epoch == self._epoch:
+            self._activate("wake", False)
+
     def _activate(self, cause: Any, charged: bool) -> None:
         self._epoch += 1
+        self._parked = False
         self._tick_at = None
         self._driver = driver = Driver(self._flow, self.codec, limits=self._limits, rng=self._rng)
         activation = RunActivated(epoch=self._epoch, cause=cause, charged=charged)
@@ -180,9 +186,12 @@ class Simulator:
             self._activate("recovery", True)
 
     def _cancel(self) -> None:
-        if self._driver is None:
-            self._at(0.5, self._cancel)
+        if self._driver is None and not self._parked:
+            self._at(0.5, self._cancel)  # its owner has crashed and is being replaced
         else:
+            if self._driver is None:
+                self._activate("cancel", False)
+            assert self._driver is not None
             self._with(self._driver, lambda d: d.cancel("simulated", self._now))
 
     def _with(self, driver: Driver, call: Callable[[Driver], None]) -> None:
@@ -213,13 +222,17 @@ class Simulator:
                 slow = self._rng.random() < 0.2
                 self._at(self._rng.uniform(0.0, 0.5 if slow else 0.01), lambda: self._sync(driver))
             case Dispatch(call):
+                if call.position not in self.store.scheduled:
+                    raise AssertionError(f"seed {self.result.seed}: {call.position} is dispatched before it is durable")
                 self._at(self._rng.uniform(0.0, 0.05), lambda: self._execute(driver, call))
             case CancelDispatch():
                 pass  # its outcome, if it comes, is dropped by the driver: that is what is simulated
             case Park(due_at):
                 driver.evict()
                 self._driver = None
-                self._at(due_at - self._now, lambda: self._activate("wake", False))
+                self._parked = True
+                epoch = self._epoch
+                self._at(due_at - self._now, lambda: self._wake(epoch))
             case Pause(event):
                 self.result.paused = event
             case Finish(event):
@@ -253,6 +266,8 @@ class Simulator:
     def _finish(self, driver: Driver, call: StepCall, started: float) -> None:
         if driver is not self._driver:
             return
+        if call.position in self.store.completed:
+            raise AssertionError(f"seed {self.result.seed}: completed step {call.position} is executed again")
         args = [self.codec.decode(value) for value in call.args]
         self.result.executions.append((call.position, repr(args)))
         attempt = call.first_attempt
