@@ -24,6 +24,7 @@ import contextlib
 import datetime as dt
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 FORMAT: Final = 1
 MAX_BATCH_EVENTS: Final = 100_000  # of one manifest: about 100 MB of memory while it is written
 _ROW_GROUP: Final = 20_000
+_FILES_KEPT: Final = 4  # in memory, of events: at most some tens of megabytes
 
 
 @dataclass(slots=True, frozen=True)
@@ -96,6 +98,11 @@ class CompactedRuns:
         self.manifests = self._names(f"{self._root}/manifests", ".json")
         self.files = [file for name in self.manifests for file in self._manifest(name)]
         self._ids: dict[str, str] | None = None
+        self._read_files: dict[str, tuple[pa.Table, dict[str, tuple[int, int]]]] = {}
+
+    def current(self) -> bool:
+        """Whether the manifests are still those of construction."""
+        return self._names(f"{self._root}/manifests", ".json") == self.manifests
 
     def _names(self, path: str, suffix: str) -> list[str]:
         try:
@@ -172,8 +179,9 @@ class CompactedRuns:
 
         for file in self._files("events"):
             if file.first <= run_id <= file.last:
-                rows = self.table(file, filters=[("run_id", "=", run_id)]).to_pylist()
-                if rows:
+                table, places = self._events_of(file)
+                if run_id in places:
+                    rows = table.slice(*places[run_id]).to_pylist()
                     events = [self._event(row, file) for row in rows]
                     epochs = [row["epoch"] for row in rows]
                     return RunHistory(
@@ -188,6 +196,20 @@ class CompactedRuns:
                         settled=True,
                     )
         raise RunNotFoundError(f"no checkpoint of {self._storage.root} holds run {run_id!r}", run_id=run_id)
+
+    def _events_of(self, file: ParquetFile) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
+        """A file of events, and where each run's lie in it. The last few files are kept: a listing reads every run."""
+        if file.path not in self._read_files:
+            table, places = self.table(file), {}
+            start = 0
+            for run_id, run in itertools.groupby(table["run_id"].to_pylist()):
+                count = sum(1 for _ in run)
+                places[run_id] = (start, count)
+                start += count
+            while len(self._read_files) >= _FILES_KEPT:
+                self._read_files.pop(next(iter(self._read_files)))
+            self._read_files[file.path] = (table, places)
+        return self._read_files[file.path]
 
     def _event(self, row: dict[str, Any], file: ParquetFile) -> Event:
         head = b'{"seq":%d,"epoch":%d,%s"event":' % (row["seq"], row["epoch"], b'"safe":true,' if row["safe"] else b"")

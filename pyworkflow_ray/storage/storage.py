@@ -105,6 +105,7 @@ class Storage:
         self._fold_limit = fold_limit
         self._index = ActiveIndex(disk, f"{root}/active")
         self._known_blobs: set[str] = set()
+        self._compacted: object = None  # a CompactedRuns, once one is needed
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, create: bool = True, disk: Disk = DISK) -> Storage:
@@ -275,8 +276,10 @@ class Storage:
     def _read_compacted(self, run_id: str) -> RunHistory:
         from pyworkflow_ray.storage.checkpoint import CompactedRuns  # loads pyarrow, which workers never need
 
+        if not isinstance(self._compacted, CompactedRuns) or not self._compacted.current():
+            self._compacted = CompactedRuns(self)
         try:
-            return CompactedRuns(self).read(run_id)
+            return self._compacted.read(run_id)
         except RunNotFoundError:
             path = f"{self.root}/checkpoints"
             raise CorruptJournalError(

@@ -151,7 +151,7 @@ def test_cut_parquet_and_foreign_manifest_are_refused(storage: Storage, make_run
     whole = events.read_bytes()
     events.write_bytes(whole[:-1])
     with pytest.raises(CorruptJournalError, match="events-"):
-        storage.read_run("a")
+        Storage.open(storage.root).read_run("a")
     events.write_bytes(whole)
     other = Storage.open(tmp_path / "other")
     shutil.copytree(f"{storage.root}/checkpoints", f"{other.root}/checkpoints")
