@@ -105,8 +105,8 @@ def verify(as_json: bool, storage_path: Path | None) -> int:
     else:
         screen.line(f"{len(run_ids)} runs read, {len(torn)} with a torn tail, {len(found)} errors")
     screen.flush()
-    for run, error in found:
-        error_line(str(named(run, error)) if run is not None else str(error))
+    for run, damage in found:
+        error_line(str(named(run, damage)) if run is not None else str(damage))
     return 1 if found else 0
 
 
