@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json as jsonlib
 import subprocess
 import sys
@@ -67,7 +68,9 @@ def run_demo(dir: Path | None = None, json: bool = False, orders: int | None = N
     rows = read_orders(limit=orders)
     screen = Screen(quiet=json)
     began = time.monotonic()
-    with services(folder / LEDGER, seed) as address, pw.init(storage=folder / STORAGE, address="local"):
+    # A Ray of its own, whose processes may be killed; and no log lines, for failures by the hundred are meant here.
+    init = functools.partial(pw.init, folder / STORAGE, "local", log_level="CRITICAL")
+    with services(folder / LEDGER, seed) as address, init():
         setup_s = time.monotonic() - began
         screen.say(f"Ray and the services are up after {setup_s:.0f} s; ledger and storage are in {folder}")
         handles = pw.start_many(_checkout(), [{"row": row, "services": address} for row in rows])
@@ -120,7 +123,7 @@ def services(ledger: Path, seed: int) -> Iterator[str]:
         process.stdout.close()
 
 
-def _watch(handles: Sequence[pw.RunHandle], screen: Screen) -> list[Kill]:
+def _watch(handles: Sequence[pw.RunHandle[Any]], screen: Screen) -> list[Kill]:
     """Wait for all runs, and kill in the middle as `PLAN` says. A kill that finds nobody at work is tried again."""
     kills: list[Kill] = []
     due = [(max(1, round(share * len(handles))), role) for share, role in PLAN]

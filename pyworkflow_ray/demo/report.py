@@ -13,7 +13,7 @@ from typing import Any
 
 from pyworkflow_ray.demo.ledger import Proof, read_ledger
 from pyworkflow_ray.demo.tally import Kill, Role, Tally, tally, witnessed
-from pyworkflow_ray.engine.events import Event, RunActivated
+from pyworkflow_ray.engine.events import Event
 
 ROLES: tuple[Role, ...] = ("run actor", "step worker", "controller")
 FULL_DEMO = 100
@@ -82,11 +82,7 @@ def report(histories: Mapping[str, Sequence[Event]], kills: Sequence[Kill], ledg
     """Put together what the event log of each run (by run id) and the ledger say."""
     counted = tally(histories.values())
     proven = Counter(kill.role for kill in kills if witnessed(kill, histories))
-    recovered = [
-        run_id
-        for run_id, history in histories.items()
-        if any(isinstance(event, RunActivated) and event.cause == "recovery" for event in history)
-    ]
+    recovered = [run_id for run_id, history in histories.items() if tally([history]).recoveries]
     return Report(
         submitted=submitted,
         tally=counted,

@@ -46,9 +46,10 @@ class Tally:
     """Figures from the event logs of all runs.
 
     completed: order id to amount. failed: order id to the type of the error. unfinished: order ids without an end.
-    retries: failed attempts that another attempt followed. recoveries: runs taken up again after their run actor was
-    lost, and steps dispatched again after their worker was lost. twice: steps completed more than once, as
-    "run/position". seconds: from the first run's creation to the last run's end.
+    retries: failed attempts that another attempt followed. recoveries: run actors lost with a run in hand, and step
+    workers lost with a step; a step lost with its run actor counts once, and a run that had not begun was not lost.
+    twice: steps completed more than once, as "run/position". seconds: from the first run's creation to the last run's
+    end.
     """
 
     completed: dict[str, str] = field(default_factory=dict)
@@ -91,11 +92,15 @@ def tally(histories: Iterable[Sequence[Event]]) -> Tally:
         else:
             result.unfinished.append(order_id)
         done: set[str] = set()
+        begun = False
         for event in history:
             if isinstance(event, AttemptFailed) and event.delay_s is not None:
                 result.retries += 1
-            elif isinstance(event, StepLost) or (isinstance(event, RunActivated) and event.cause == "recovery"):
-                result.recoveries += 1
+            elif isinstance(event, RunActivated):
+                result.recoveries += begun and event.cause == "recovery"
+                begun = True
+            elif isinstance(event, StepLost):
+                result.recoveries += event.cause != "run_actor_lost"
             elif isinstance(event, StepCompleted):
                 if event.position in done:
                     result.twice.append(f"{created.run_id}/{event.position}")

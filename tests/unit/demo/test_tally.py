@@ -74,9 +74,14 @@ def test_recoveries_are_runs_taken_up_and_steps_dispatched_again() -> None:
         RunActivated(epoch=0),
         StepLost(position="1", dispatch=1),
         RunActivated(epoch=1, cause="recovery"),
+        StepLost(position="2", dispatch=1, cause="run_actor_lost"),
         RunActivated(epoch=2, cause="wake"),
     ]
     assert tally([history]).recoveries == 2
+
+
+def test_a_run_that_had_not_begun_was_not_lost_with_the_controller() -> None:
+    assert tally([[created(), RunActivated(epoch=1, cause="recovery"), RunCompleted(result=NONE)]]).recoveries == 0
 
 
 def test_a_step_that_completed_twice_is_named() -> None:
