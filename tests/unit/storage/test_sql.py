@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import pyarrow as pa
 import pytest
 
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError
@@ -99,8 +101,7 @@ def test_damaged_journal_is_named_and_not_skipped(storage: Storage, make_run: An
         "select * from glob('{path}*')",
         "from read_json('{path}')",
         "from read_parquet('https://example.invalid/x.parquet')",
-        "from storage",
-        "from here",
+        "from frame",
         "copy (select 1) to '{path}.csv'",
         "attach '{path}.db'",
         "install httpfs",
@@ -118,6 +119,8 @@ def test_damaged_journal_is_named_and_not_skipped(storage: Storage, make_run: An
 def test_query_reaches_nothing_but_the_views(storage: Storage, tmp_path: Path, sql: str) -> None:
     here = tmp_path / "secret.txt"
     here.write_text("secret")
+    frame = pa.table({"secret": [1]})  # DuckDB would find it by its name
+    assert duckdb.connect().sql("from frame").fetchall() == [(1,)]
     with pytest.raises(ConfigurationError, match=r"^sql"):
         query(storage, sql.format(path=here)).fetchall()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt", "storage"]
