@@ -120,7 +120,7 @@ def test_query_reaches_nothing_but_the_views(storage: Storage, tmp_path: Path, s
     here = tmp_path / "secret.txt"
     here.write_text("secret")
     frame = pa.table({"secret": [1]})  # DuckDB would find it by its name
-    assert duckdb.connect().sql("from frame").fetchall() == [(1,)]
+    assert duckdb.connect().sql("from frame").fetchall() == frame.num_rows * [(1,)]
     with pytest.raises(ConfigurationError, match=r"^sql"):
         query(storage, sql.format(path=here)).fetchall()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt", "storage"]
