@@ -1,0 +1,50 @@
+"""The work that is measured: three no-op steps a run, by tasks, by local steps, and by bare Ray."""
+
+from __future__ import annotations
+
+from pyworkflow_ray import step, workflow
+
+
+@step
+def task_step(n: int) -> int:
+    """A no-op as a Ray task."""
+    return n + 1
+
+
+@step(executor="local")
+def local_step(n: int) -> int:
+    """A no-op in the run's actor."""
+    return n + 1
+
+
+@workflow
+async def three_tasks(n: int) -> int:
+    """Three task steps, one after another."""
+    for _ in range(3):
+        n = await task_step(n)
+    return n
+
+
+@workflow
+async def three_local(n: int) -> int:
+    """Three local steps, one after another."""
+    for _ in range(3):
+        n = await local_step(n)
+    return n
+
+
+@step
+def slow_step(seconds: float) -> float:
+    """Busy for a while, so that its run can be killed."""
+    import time
+
+    time.sleep(seconds)
+    return seconds
+
+
+@workflow
+async def ten_slow(seconds: float) -> int:
+    """Ten slow steps."""
+    for _ in range(10):
+        await slow_step(seconds)
+    return 10
