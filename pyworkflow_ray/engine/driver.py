@@ -98,6 +98,10 @@ class Driver:
         if created is None:
             raise ValueError("a history begins with run_created")
         before = self._history
+        if before.ended is not None and not activation.resets:  # it ended, and only its owner's last word was lost
+            self._over = True
+            self._effects.append(Finish(before.ended))
+            return
         handed_back = {p for p, s in before.steps.items() if s.ended is None and s.waiting}
         self._note(activation.model_copy(update={"at": now}))
         if before.lost_activations > created.max_recoveries:
