@@ -199,7 +199,9 @@ class RunHandle(Generic[R]):
         return cast(R, _codec(self._storage).decode(end.result))
 
     def _error(self, history: RunHistory) -> BaseException | None:
-        end = next((e for e in reversed(history.events) if isinstance(e, (RunFailed, RunCancelled, RunCompleted))), None)
+        end = next(
+            (e for e in reversed(history.events) if isinstance(e, (RunFailed, RunCancelled, RunCompleted))), None
+        )
         if isinstance(end, RunCancelled):
             why = f": {end.reason}" if end.reason else ""
             return RunCancelledError(f"run {self.run_id!r} was cancelled{why}", run_id=self.run_id, reason=end.reason)
@@ -216,7 +218,7 @@ class RunHandle(Generic[R]):
                 traceback_text=end.error.traceback,
             )
         error.add_note(_where(history, end))
-        return error
+        return cast(BaseException, error)
 
     def _history(self) -> RunHistory:
         return self._storage.read_run(self.run_id)
@@ -259,8 +261,8 @@ async def start_async(flow: Workflow[P, R], *args: P.args, **kwargs: P.kwargs) -
     """As `start`, without blocking the running event loop."""
     _check_flow(flow, "start_async")
     _refuse_inside_workflow("pw.start_async")
-    handles = await asyncio.to_thread(_start, [(flow, args, kwargs)])
-    return handles[0]
+    given: list[tuple[Workflow[..., R], tuple[Any, ...], Mapping[str, Any]]] = [(flow, args, kwargs)]
+    return (await asyncio.to_thread(_start, given))[0]
 
 
 def run(flow: Workflow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -468,9 +470,9 @@ def recover(steal: bool = False) -> list[RunHandle[Any]]:
 
 def sql(query: str) -> duckdb.DuckDBPyRelation:
     """Ask the views `runs`, `events`, `steps` and `attempts`, over live journals and checkpoints together."""
-    from pyworkflow_ray.storage.sql import query_storage  # type: ignore[import-not-found,unused-ignore]
+    from pyworkflow_ray.storage.sql import query as query_storage
 
-    return query_storage(_storage(), query)  # type: ignore[no-any-return,unused-ignore]
+    return query_storage(_storage(), query)
 
 
 # The process ------------------------------------------------------------------------------------------------------
@@ -678,7 +680,9 @@ def _refuse_inside_workflow(what: str) -> None:
     from pyworkflow_ray.engine.loop import current_workflow
 
     if current_workflow() is not None:
-        raise ConfigurationError(f"{what} inside a workflow would not be durable: child runs are not available in this version")
+        raise ConfigurationError(
+            f"{what} inside a workflow would not be durable: child runs are not available in this version"
+        )
 
 
 def _shown(settings: Any) -> str:

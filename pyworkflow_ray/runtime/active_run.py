@@ -4,7 +4,7 @@ Made by `run_actor`, which holds the lock for every call here; calls the journal
 whoever executes them. Knows no ray.
 
 Faults: another owner has taken the run over (it stops at once and says nothing more); the disk refuses (nothing more is
-acknowledged, the run is given back to be tried again in a new epoch); our own code breaks (the same, and it is charged).
+acknowledged, the run is given back to be tried again in a new epoch); our own code breaks (the same, and charged).
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ class ActiveRun:
     """One activation of one run. `report` is None while it goes on."""
 
     def __init__(
-        self, assignment: Assignment, journal: JournalPort, events: list[Event], executor: Executor, *, who: tuple[str, str]
+        self,
+        assignment: Assignment,
+        journal: JournalPort,
+        events: list[Event],
+        executor: Executor,
+        *,
+        who: tuple[str, str],
     ) -> None:
         self.assignment = assignment
         self.run_id = assignment.run_id
@@ -129,9 +135,7 @@ class ActiveRun:
 
     def lost_locked(self, position: str, dispatch: int, *, cause: str, charged: bool, message: str) -> None:
         self._input(
-            lambda driver, now: driver.lost(
-                position, dispatch, cause=cause, charged=charged, now=now, message=message
-            )
+            lambda driver, now: driver.lost(position, dispatch, cause=cause, charged=charged, now=now, message=message)
         )
 
     def tick_locked(self) -> None:

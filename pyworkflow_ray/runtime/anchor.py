@@ -12,17 +12,15 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-import ray
-
 from pyworkflow_ray.engine.events import CodeEnvironment
 from pyworkflow_ray.errors import FencedError
 from pyworkflow_ray.runtime.messages import ActorSpec, RuntimeConfig
 from pyworkflow_ray.runtime.run_actor import GROUPS, RunActor
+from pyworkflow_ray.runtime.typed_ray import as_actor, as_task
 from pyworkflow_ray.storage.lease import Lease
 from pyworkflow_ray.storage.storage import Storage
 
 
-@ray.remote(num_cpus=1, max_retries=0, enable_task_events=False)
 def _warm() -> None:
     """Starts a step worker beside the first run actor: it then takes its first step half a second earlier."""
 
@@ -35,7 +33,8 @@ class Anchor:
         self._actors: dict[str, Any] = {}
         self._lease: Any = None
         self._lease_id = ""
-        self._warming = [_warm.remote() for _ in range(warm)]
+        warm_up = as_task(_warm, num_cpus=1, max_retries=0, enable_task_events=False)
+        self._warming = [warm_up.remote() for _ in range(warm)]
         try:
             self.hold(lease)
         except FencedError:
@@ -66,7 +65,7 @@ class Anchor:
             key = f"{self._environment.key[:8]}-{uuid.uuid4().hex[:8]}"
             spec = ActorSpec(key, self._config, self._environment, self._lease_id)
             handle = (
-                ray.remote(concurrency_groups=GROUPS)(RunActor)
+                as_actor(RunActor, concurrency_groups=GROUPS)
                 .options(num_cpus=0, max_restarts=0, enable_task_events=False)
                 .remote(spec)
             )

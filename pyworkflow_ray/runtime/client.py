@@ -23,10 +23,12 @@ from ray import exceptions as rx
 from pyworkflow_ray.engine.events import CodeEnvironment, RunCreated
 from pyworkflow_ray.errors import PyWorkflowError, StorageError
 from pyworkflow_ray.execution.environment import capture_environment
-from pyworkflow_ray.runtime.controller import GROUPS, Controller, make_anchor
+from pyworkflow_ray.runtime.controller import GROUPS, Controller
+from pyworkflow_ray.runtime.dispatcher import make_anchor
 from pyworkflow_ray.runtime.embedded import ensure_ray
 from pyworkflow_ray.runtime.messages import NAMESPACE, RuntimeConfig, Submitted, controller_name
 from pyworkflow_ray.runtime.process import set_log_level
+from pyworkflow_ray.runtime.typed_ray import as_actor, cluster_resources
 from pyworkflow_ray.storage.codec import StorageCodec
 from pyworkflow_ray.storage.lease import Lease
 from pyworkflow_ray.storage.storage import Storage
@@ -49,7 +51,9 @@ class _Waiter:
 class Client:
     """See the module."""
 
-    def __init__(self, storage: Storage, config: RuntimeConfig, environment: CodeEnvironment, *, owns_ray: bool) -> None:
+    def __init__(
+        self, storage: Storage, config: RuntimeConfig, environment: CodeEnvironment, *, owns_ray: bool
+    ) -> None:
         self.storage = storage
         self.config = config
         self.environment = environment
@@ -60,7 +64,7 @@ class Client:
         self._waiters: dict[str, list[_Waiter]] = {}
         self._wake = threading.Event()
         self._closed = False
-        self._cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._cpus = max(1, int(cluster_resources().get("CPU", 1)))
         self._controller = self._find_or_make()
         self._thread = threading.Thread(target=self._watch_loop, name="pyworkflow-ray-watch", daemon=True)
         self._thread.start()
@@ -77,7 +81,7 @@ class Client:
         cpus = self._cpus
         anchor = make_anchor(self.config, self.environment, lease.id, cpus, self.config.pool_min)
         controller = (
-            ray.remote(concurrency_groups=GROUPS)(Controller)
+            as_actor(Controller, concurrency_groups=GROUPS)
             .options(
                 name=name,
                 namespace=NAMESPACE,
@@ -109,8 +113,8 @@ class Client:
             except _AWAY as error:
                 if time.monotonic() >= deadline or not ray.is_initialized():
                     raise StorageError(
-                        f"the controller of {self.storage.root} does not answer: {type(error).__name__}. Runs are durable; "
-                        "another process goes on with recover()",
+                        f"the controller of {self.storage.root} does not answer: {type(error).__name__}. Runs are "
+                        "durable; another process goes on with recover()",
                         path=self.storage.root,
                     ) from None
                 if isinstance(error, rx.ActorDiedError):
@@ -155,8 +159,6 @@ class Client:
             try:
                 news = ray.get(self._controller.watch.remote(cursor, _POLL_S), timeout=_POLL_S + 10.0)
             except Exception as error:
-                if self._closed:
-                    return
                 log.debug("watching: %s", error)
                 cursor = None
                 self._look_at_all()

@@ -17,12 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-
 from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.engine.events import CodeEnvironment
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.runtime.step_host import host_steps
+from pyworkflow_ray.runtime.typed_ray import as_task
 
 LINGER_S = 0.02  # how long an idle host waits for the next call before it gives its CPU back
 SLICE_S = 0.25  # how long a host may go on while others wait for a CPU
@@ -99,7 +98,8 @@ class Hosts:
             shape.coming -= 1
         host.call, host.stop, host.kill_at = None, False, None
         if self.contended and time.monotonic() - host.born > SLICE_S:
-            return self._end(host)
+            self._end(host)
+            return None
         if not shape.calls and shape.lingering < _MAX_LINGERING:
             if shape.arrived is None:
                 shape.arrived = threading.Condition(self._lock)
@@ -109,7 +109,8 @@ class Hosts:
             finally:
                 shape.lingering -= 1
         if not shape.calls or host_id not in self._hosts:
-            return self._end(host)
+            self._end(host)
+            return None
         host.call = shape.calls.popleft()
         host.handed_at, host.handed_wall = time.monotonic(), time.time()
         return host.call
@@ -201,7 +202,7 @@ class Hosts:
     def _submit(self, key: str, shape: _Shape) -> None:
         self._made += 1
         host_id = f"h{self._made}"
-        task = ray.remote(host_steps).options(**{**shape.options, "name": f"steps:{host_id}"})
+        task = as_task(host_steps, **{**shape.options, "name": f"steps:{host_id}"})
         host = Host(host_id, key, None)
         try:
             host.ref = task.remote(self._actor(), host_id, self._config, self._environment)

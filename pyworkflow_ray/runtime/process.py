@@ -6,7 +6,6 @@ the error names it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -17,7 +16,6 @@ from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.storage.codec import StorageCodec
 from pyworkflow_ray.storage.storage import Storage
-
 
 OUR_PREFIX = "pyworkflow_ray "
 
@@ -31,7 +29,6 @@ class Process:
         self.codec = StorageCodec(self.storage, allow_pickle=config.allow_pickle)
         self.worker = f"{os.getpid()}"
         self.node = node_name()
-
 
     def guard(self, call: StepCall) -> Any:
         """The breaker of this call, as this process sees it; None where it has none."""
@@ -63,23 +60,25 @@ def set_log_level(level: str) -> None:
     if in_worker() and not logger.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(f"{OUR_PREFIX}%(levelname)s: %(message)s"))
+        handler.addFilter(_is_no_exit)
         logger.addHandler(handler)
+
+
+def _is_no_exit(record: logging.LogRecord) -> bool:
+    """Ray ends a step's worker, once its run actor is dead, by SystemExit in the step: nothing that a user did."""
+    return not (record.name == "pyworkflow_ray.step" and "SystemExit" in record.getMessage())
 
 
 def in_worker() -> bool:
     """Whether this is a process that Ray started."""
     import ray
 
-    try:
-        return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
-    except Exception:
-        return False
+    # asked for its context, a Ray that is not initialised would start a cluster
+    return bool(ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
 
 
 def node_name() -> str:
     """The node, as Ray calls it; the host's name outside of Ray."""
-    with contextlib.suppress(Exception):
-        import ray
+    import ray
 
-        return str(ray.get_runtime_context().get_node_id())[:12]
-    return socket.gethostname()
+    return str(ray.get_runtime_context().get_node_id())[:12] if ray.is_initialized() else socket.gethostname()

@@ -21,7 +21,7 @@ from pyworkflow_ray.runtime.pool import Slot
 from pyworkflow_ray.runtime.taking import enlist, standing
 
 if TYPE_CHECKING:
-    from pyworkflow_ray.runtime.controller import Controller
+    from pyworkflow_ray.runtime.dispatcher import Dispatcher
 
 log = logging.getLogger("pyworkflow_ray.controller")
 
@@ -42,7 +42,7 @@ def anchors(storage_id: str) -> list[Any]:
     return found
 
 
-def lease_of_anchors(controller: Controller) -> str | None:
+def lease_of_anchors(controller: Dispatcher) -> str | None:
     """The lease that the anchors hold: it may be newer than the one this actor was made with."""
     refs = [anchor.lease.remote() for anchor in anchors(controller.config.storage_id)]
     for lease in _answers(refs, _ANCHOR_S):
@@ -51,7 +51,7 @@ def lease_of_anchors(controller: Controller) -> str | None:
     return None
 
 
-def rebuild(controller: Controller) -> None:
+def rebuild(controller: Dispatcher) -> None:
     """Fill the books of `controller`."""
     began = time.monotonic()
     living = 0
@@ -76,8 +76,8 @@ def rebuild(controller: Controller) -> None:
     )  # fmt: skip
 
 
-def _adopt(controller: Controller, pool: Any, handle: Any, doing: Doing) -> None:
-    from pyworkflow_ray.runtime.controller import Known
+def _adopt(controller: Dispatcher, pool: Any, handle: Any, doing: Doing) -> None:
+    from pyworkflow_ray.runtime.dispatcher import Known
 
     with controller.lock:
         slot = pool.slots.get(doing.key)
@@ -95,7 +95,7 @@ def _adopt(controller: Controller, pool: Any, handle: Any, doing: Doing) -> None
         controller.hand_out_locked(pool, slot, [])
 
 
-def _from_storage(controller: Controller, in_hand: set[str]) -> int:
+def _from_storage(controller: Dispatcher, in_hand: set[str]) -> int:
     mine = controller.lease.id if controller.lease is not None else ""
     taken = 0
     for run_id in controller.storage.unfinished():
@@ -117,8 +117,8 @@ def _from_storage(controller: Controller, in_hand: set[str]) -> int:
     return taken
 
 
-def _take(controller: Controller, events: list[Any], run_id: str) -> None:
-    from pyworkflow_ray.runtime.controller import Known
+def _take(controller: Dispatcher, events: list[Any], run_id: str) -> None:
+    from pyworkflow_ray.runtime.dispatcher import Known
 
     state, due_at = standing(events)
     if state not in ("parked", "paused"):
@@ -130,7 +130,7 @@ def _take(controller: Controller, events: list[Any], run_id: str) -> None:
         known = Known(run_id, controller.pool_locked(events[0].environment), state, due_at=due_at)
         controller.runs[run_id] = known
         if due_at is not None:
-            controller.at_locked(due_at, lambda: controller._due(known, due_at))
+            controller.at_locked(due_at, lambda: controller.due(known, due_at))
 
 
 def _answers(refs: list[Any], timeout_s: float) -> list[Any]:

@@ -29,7 +29,7 @@ from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, FencedError, RunNotFoundError, StorageError
 from pyworkflow_ray.execution.code import load_workflow
 from pyworkflow_ray.execution.environment import enter_environment
-from pyworkflow_ray.execution.worker import Interrupt
+from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.runtime import faults
 from pyworkflow_ray.runtime.active_run import ActiveRun
 from pyworkflow_ray.runtime.hosts import Host, Hosts
@@ -219,9 +219,7 @@ class RunActor:
             self._changed.notify_all()
             return
         active.outcome_locked(outcome)
-        if active.report is not None or self._local_calls or self._draining:
-            self._changed.notify_all()
-        elif active.due_in_s() is not None:
+        if active.report is not None or self._local_calls or self._draining or active.due_in_s() is not None:
             self._changed.notify_all()
 
     # One run ----------------------------------------------------------------------------------------------------
@@ -398,9 +396,9 @@ class RunActor:
             for call in self._hosts.refuse_locked(host):
                 self._refused_locked(call, error)
         self._hosts.remove_locked(host_id)
-        call, active = host.call, self._active
-        if call is not None and active is not None and self._is_active(call) and not host.stop:
-            self._lost_locked(active, host, call, error)
+        had, active = host.call, self._active
+        if had is not None and active is not None and self._is_active(had) and not host.stop:
+            self._lost_locked(active, host, had, error)
         self._settle_locked()
 
     def _lost_locked(self, active: ActiveRun, host: Host, call: StepCall, error: BaseException | None) -> None:

@@ -21,7 +21,8 @@ from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.events import AttemptFailed, CodeEnvironment, StepStarted
 from pyworkflow_ray.execution.code import load_step
 from pyworkflow_ray.execution.environment import enter_environment
-from pyworkflow_ray.execution.worker import Interrupt, execute_call
+from pyworkflow_ray.execution.interrupt import Interrupt
+from pyworkflow_ray.execution.worker import execute_call
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.runtime.process import Process, enter_process
 

@@ -23,8 +23,8 @@ def stuck_outcome(call: StepCall, process: Process, attempt: int, retries_used: 
     now = time.time()
     timeout = call.policy.timeout_s or 0.0
     error = StepTimeoutError(
-        f"step {call.step!r}, attempt {attempt}, was stuck beyond its timeout of {format_duration(timeout)} in code that "
-        "nothing can interrupt; its worker was ended"
+        f"step {call.step!r}, attempt {attempt}, was stuck beyond its timeout of {format_duration(timeout)} in code "
+        "that nothing can interrupt; its worker was ended"
     )
     retry_on: ErrorFilter | None = None
     no_retry_on: ErrorFilter = ()

@@ -65,8 +65,10 @@ def difference(old: RunCreated, new: RunCreated) -> str | None:
     pairs += [(f"argument {name!r}", old.kwargs[name], new.kwargs[name]) for name in old.kwargs]
     for name, one, other in pairs:
         if not _equal(one, other):
-            exact = "" if one.digest is not None and other.digest is not None else (
-                ". It has no canonical form, so it is equal only when its stored bytes are"
+            exact = (
+                ""
+                if one.digest is not None and other.digest is not None
+                else (". It has no canonical form, so it is equal only when its stored bytes are")
             )
             return f"its {name} is another{exact}"
     return None

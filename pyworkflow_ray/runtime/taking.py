@@ -16,7 +16,7 @@ from pyworkflow_ray.runtime.messages import Assignment, Cause, RunReport
 from pyworkflow_ray.storage.lease import lease_states, orphans
 
 if TYPE_CHECKING:
-    from pyworkflow_ray.runtime.controller import Controller
+    from pyworkflow_ray.runtime.dispatcher import Dispatcher
 
 log = logging.getLogger("pyworkflow_ray.controller")
 
@@ -33,7 +33,7 @@ def standing(events: list[Event]) -> tuple[str, float | None]:
     return "pending", None
 
 
-def recover(controller: Controller, steal: bool) -> list[str]:
+def recover(controller: Dispatcher, steal: bool) -> list[str]:
     """Take up what nobody holds. A paused run waits for a person still; it is not touched."""
     if steal:
         raise ConfigurationError("recover(steal=True) is not available in this version")
@@ -57,9 +57,9 @@ def recover(controller: Controller, steal: bool) -> list[str]:
     return taken
 
 
-def enlist(controller: Controller, events: list[Event], assignment: Assignment) -> None:
+def enlist(controller: Dispatcher, events: list[Event], assignment: Assignment) -> None:
     """Take a run into the books and let it wait for a run actor."""
-    from pyworkflow_ray.runtime.controller import Known
+    from pyworkflow_ray.runtime.dispatcher import Known
 
     created = events[0]
     assert isinstance(created, RunCreated)
@@ -72,9 +72,7 @@ def enlist(controller: Controller, events: list[Event], assignment: Assignment) 
         controller.enqueue_locked(known, assignment, urgent=assignment.cause == "recovery")
 
 
-def take_up(
-    controller: Controller, run_id: str, cause: Cause, *, cancel: tuple[str | None] | None = None
-) -> str:
+def take_up(controller: Dispatcher, run_id: str, cause: Cause, *, cancel: tuple[str | None] | None = None) -> str:
     """Take a run up that is not in the books. "ended" where there is nothing to take.
 
     Raises:
@@ -90,17 +88,17 @@ def take_up(
     return "asked"
 
 
-def check_owner(controller: Controller, run_id: str, lease: str) -> None:
+def check_owner(controller: Dispatcher, run_id: str, lease: str) -> None:
     mine = controller.lease.id if controller.lease is not None else ""
     if not lease or lease == mine or lease in lease_states(controller.storage, declare=True).dead:
         return
     raise RunError(
-        f"run {run_id!r} is owned by another Ray that is alive (lease {lease[:8]}): ask there, or stop it and recover()",
+        f"run {run_id!r} is owned by another Ray that lives (lease {lease[:8]}): ask there, or stop it and recover()",
         run_id=run_id,
     )
 
 
-def resume(controller: Controller, run_id: str) -> str:
+def resume(controller: Dispatcher, run_id: str) -> str:
     """See `Controller.resume`."""
     with controller.lock:
         known = controller.runs.get(run_id)
@@ -138,7 +136,7 @@ class _Nobody:
         pass
 
 
-def pause_run(controller: Controller, given: Assignment, why: str) -> RunReport:
+def pause_run(controller: Dispatcher, given: Assignment, why: str) -> RunReport:
     """Pause a run from here, by an epoch of its own: no run actor can take it."""
     lease = controller.lease.id if controller.lease is not None else ""
     try:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))  # flows.py: run actors and steps import it by the driver's import roots
 
 
 @pytest.fixture(scope="session")
@@ -27,5 +33,18 @@ def ray_cluster() -> Iterator[None]:
         namespace="tests",
     )
     yield
+    import pyworkflow_ray as pw
+
+    pw.shutdown()
     ray.shutdown()
     shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def runtime(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This process connected to that Ray, with a storage of its own, whose path it is."""
+    import pyworkflow_ray as pw
+
+    storage = tmp_path_factory.mktemp("storage") / "runs"
+    pw.init(storage=storage, pool_min=2)
+    return storage
