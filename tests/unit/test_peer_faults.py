@@ -32,8 +32,8 @@ def test_fault_02_a_timeout_is_enforced_for_async_and_sync_steps() -> None:
     def blocks() -> None:
         time.sleep(3_600)
 
-    for step in (hangs, blocks):
-        outcome = execute(step)
+    for timed in (hangs, blocks):
+        outcome = execute(timed)
         assert outcome.error is not None
         assert outcome.error.kind == "timeout"
         assert isinstance(error_of(outcome), pw.StepTimeoutError)
