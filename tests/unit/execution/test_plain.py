@@ -71,6 +71,7 @@ def test_what_is_no_exception_passes_through_a_plain_call(error: BaseException) 
         sync()  # type: ignore[unused-coroutine]
     assert caught.value is error
     assert len(calls) == 1
+    assert not hasattr(error, "__notes__"), "it was taken for a failed attempt"
 
 
 async def test_cancelling_an_async_plain_call_cancels_it_at_once_in_attempt_and_wait() -> None:
