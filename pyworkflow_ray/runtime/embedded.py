@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from typing import Any
 
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.runtime.quiet import quiet_ray
+
+_ANSWER_S = 5.0
 
 
 def ensure_ray(address: str | None, options: dict[str, Any] | None = None) -> bool:
@@ -37,6 +40,8 @@ def ensure_ray(address: str | None, options: dict[str, Any] | None = None) -> bo
             f"{source}={given!r} is a job server, which takes jobs (ray job submit --address {given} -- python ...), "
             "not drivers. Give the cluster's address, HOST:6379, or unset it for a local Ray"
         )
+    if given is not None:
+        _check_answers(given, source)
     settings: dict[str, Any] = {
         "log_to_driver": True,
         "logging_level": "ERROR",
@@ -46,12 +51,27 @@ def ensure_ray(address: str | None, options: dict[str, Any] | None = None) -> bo
     try:
         ray.init(address=given, **settings)
     except ConnectionError as error:
-        raise ConfigurationError(
-            f"{source}={given!r}: no Ray cluster answers there ({_first_line(error)}). Nothing was started. Start it, "
-            "correct the address, or unset it for a local Ray"
-        ) from None
+        raise _no_answer(source, given, error) from None
     quiet_ray()
     return _is_ours()
+
+
+def _check_answers(given: str, source: str) -> None:
+    """Ask the port itself: Ray tries an address where nobody answers for minutes."""
+    host, _, port = given.rpartition(":")
+    if given in ("local", "auto") or "://" in given or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_answer(source, given, error) from None
+
+
+def _no_answer(source: str, given: str | None, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"{source}={given!r}: no Ray cluster answers there ({_first_line(error)}). Nothing was started. Start it, "
+        "correct the address, or unset it for a local Ray"
+    )
 
 
 def _is_ours() -> bool:
@@ -62,6 +82,6 @@ def _is_ours() -> bool:
     return bool(node is not None and node.is_head())
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -124,8 +124,7 @@ async def catches(which: str) -> tuple[str, int]:
     except httpx.HTTPStatusError as error:
         return "httpx", error.response.status_code
     except KeywordOnly as error:
-        assert isinstance(error.__cause__, KeyError)
-        return "keyword", error.code
+        return ("keyword" if isinstance(error.__cause__, KeyError) else "cause lost"), error.code
     return "?", 0
 
 
@@ -208,3 +207,22 @@ async def not_idempotent(ledger: str, gate: str) -> str:
     except pw.StepLostError:
         return "lost"
     return "done"
+
+
+@pw.step(num_cpus=0.1)
+def needs_flag(flag: str) -> str:
+    if not os.path.exists(flag):
+        raise ValueError("no flag")
+    return "ok"
+
+
+@pw.step(num_cpus=0.1, max_retries=1, retry_delay=600)
+def retries_far(flag: str) -> str:
+    if not os.path.exists(flag):
+        raise ConnectionError("no flag")
+    return "ok"
+
+
+@pw.workflow
+async def flagged(flag: str, far: bool) -> str:
+    return await (retries_far if far else needs_flag)(flag)

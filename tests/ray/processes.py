@@ -1,4 +1,4 @@
-"""Real processes of the tests: who they are, killing them, and the proof that they died. Nothing else is ever killed."""
+"""Real processes of the tests: who they are, killing them, the proof that they died. Nothing else is ever killed."""
 
 from __future__ import annotations
 

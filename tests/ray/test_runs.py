@@ -176,3 +176,39 @@ def test_a_step_that_is_not_idempotent_is_never_executed_again(tmp_path: Path) -
     kill(int(flows.lines(ledger)[0].split()[1]))
     assert handle.result(60) == "lost"
     assert len(flows.lines(ledger)) == 1
+
+
+def test_a_failed_run_is_resumed_from_its_failed_step(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    handle = pw.start(flows.flagged, str(flag), False)
+    with pytest.raises(ValueError, match="no flag"):
+        handle.result(60)
+    flag.touch()
+    pw.resume(handle.run_id)
+    until(handle.done, "it has ended again")
+    assert until(lambda: handle.status() == "completed", "it is completed")
+    assert handle.result(60) == "ok"
+    before = len(handle.events())
+    pw.resume(handle.run_id)
+    assert pw.run(flows.three, 1) == 3
+    assert len(handle.events()) == before  # a completed run is left alone
+
+
+def test_a_far_retry_parks_the_run_and_is_woken(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    handle = pw.start(flows.flagged, str(flag), True)
+    until(lambda: handle.status() == "parked", "it is parked")
+    flag.touch()
+    pw.wake(handle.run_id)
+    assert handle.result(60) == "ok"
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "127.0.0.1:1"])
+def test_an_address_that_is_no_clusters_gets_one_clear_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from pyworkflow_ray.runtime.embedded import ensure_ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(pw.ConfigurationError, match=r"^address='[^\n]*$"):
+        ensure_ray(address)

@@ -1,0 +1,170 @@
+"""This process's connection: which storage, which Ray, with which settings. `init` and `shutdown`.
+
+Called by users, `runs` and `handle`; makes the runtime's client where it is needed. Reading a storage needs no Ray.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+from pyworkflow_ray.errors import ConfigurationError, StorageError
+
+if TYPE_CHECKING:
+    from pyworkflow_ray.runtime.client import Client
+    from pyworkflow_ray.storage.storage import Storage
+
+log = logging.getLogger("pyworkflow_ray")
+
+_DRAIN_S = 10.0
+
+_settings: Any = None
+_address: str | None = None
+
+
+class _Connection:
+    """What `init` returns: `with pw.init(...):` shuts down at its end."""
+
+    def __enter__(self) -> _Connection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutdown()
+
+
+def init(storage: str | os.PathLike[str] | None = None, address: str | None = None, **settings: Any) -> _Connection:
+    """Connect this process: the storage, and Ray. Optional: the first use does it from the environment.
+
+    Args:
+        storage: Directory of the runs; None: `PYWORKFLOW_STORAGE`, else `~/.pyworkflow-ray`.
+        address: As in Ray; None: `RAY_ADDRESS`, a running local cluster, else a new local one.
+        settings: log_level, allow_pickle, pool_min, pool_max, worker_wait_max.
+
+    Raises:
+        ConfigurationError: a setting is wrong, the address is no cluster's, or others are in force: `shutdown()` first.
+    """
+    global _settings, _address
+    from pyworkflow_ray.runtime.client import current
+    from pyworkflow_ray.settings import load_settings
+
+    ray_options = settings.pop("ray_options", None)
+    loaded = load_settings(storage=None if storage is None else Path(storage), **settings)
+    running = current()
+    if running is not None:
+        if Path(running.storage.root) != loaded.storage or (_settings is not None and loaded != _settings):
+            raise ConfigurationError(
+                f"this process is connected already, with storage={running.storage.root!r} and "
+                f"{_shown(_settings)}: call pw.shutdown() before pw.init with other settings"
+            )
+        return _Connection()
+    _settings, _address = loaded, address
+    client = _connect(ray_options)
+    if client.owns_ray:
+        _report_unfinished(client)
+    return _Connection()
+
+
+def shutdown() -> None:
+    """Disconnect. An embedded Ray is drained (no new starts, running steps get 10 s; the rest stays durable for
+    `recover`) and ended; a cluster goes on with its runs."""
+    global _settings, _address
+    client = sys.modules.get("pyworkflow_ray.runtime.client")
+    if client is not None:
+        client.disconnect(_DRAIN_S)
+    _settings, _address = None, None
+
+
+def _connect(ray_options: dict[str, Any] | None = None) -> Client:
+    from pyworkflow_ray.runtime.client import connect
+
+    global _settings
+    if _settings is None:
+        from pyworkflow_ray.settings import load_settings
+
+        _settings = load_settings()
+    client = connect(
+        _settings.storage,
+        address=_address,
+        allow_pickle=_settings.allow_pickle,
+        pool_min=_settings.pool_min,
+        pool_max=_settings.pool_max,
+        worker_wait_max_s=_settings.worker_wait_max,
+        log_level=_settings.log_level,
+        ray_options=ray_options,
+    )
+    if client.owns_ray:
+        atexit.unregister(shutdown)
+        atexit.register(shutdown)
+    return client
+
+
+def _report_unfinished(client: Client) -> None:
+    from pyworkflow_ray.storage.lease import lease_states
+
+    living = lease_states(client.storage, declare=False).living
+    left = []
+    for run_id in client.storage.unfinished():
+        with contextlib.suppress(StorageError):
+            if client.storage.owner(run_id).lease in living:
+                left.append(run_id)
+    if left:
+        shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        log.warning("%d unfinished runs are in %s (%s): pw.recover() takes up those that nobody holds",
+                    len(left), client.storage.root, shown)  # fmt: skip
+
+
+def need_client(storage: Storage | None) -> Client:
+    client = client_of(storage) if storage is not None else None
+    client = client or _connect()
+    if storage is not None and client.storage.storage_id != storage.storage_id:
+        raise ConfigurationError(
+            f"the run lies in {storage.root}, this process is connected to {client.storage.root}: pw.shutdown(), then "
+            "pw.init with that storage"
+        )
+    return client
+
+
+def client_of(storage: Storage) -> Client | None:
+    """This process's client, where it is one of this storage; connects nothing."""
+    module = sys.modules.get("pyworkflow_ray.runtime.client")
+    client = module.current() if module is not None else None
+    return client if client is not None and client.storage.storage_id == storage.storage_id else None
+
+
+def open_storage() -> Storage:
+    """The storage of this process, without Ray."""
+    from pyworkflow_ray.storage.storage import Storage
+
+    module = sys.modules.get("pyworkflow_ray.runtime.client")
+    client = module.current() if module is not None else None
+    if client is not None:
+        return cast(Storage, client.storage)
+    settings = _settings
+    if settings is None:
+        from pyworkflow_ray.settings import load_settings
+
+        settings = load_settings()
+    return Storage.open(settings.storage)
+
+
+def codec_of(storage: Storage) -> Any:
+    from pyworkflow_ray.storage.codec import StorageCodec
+
+    client = client_of(storage)
+    if client is not None:
+        return client.codec
+    return StorageCodec(storage, allow_pickle=True if _settings is None else _settings.allow_pickle)
+
+
+def _shown(settings: Any) -> str:
+    if settings is None:
+        return "the defaults"
+    return ", ".join(f"{name}={value!r}" for name, value in settings.model_dump().items() if name != "storage")
