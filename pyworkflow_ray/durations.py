@@ -46,7 +46,9 @@ def parse_duration(value: Duration) -> float:
 def _parse_text(text: str) -> float:
     parts = _PART.findall(text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise ValueError(f"{text!r} is no duration: write '500ms', '30s', '5m', '2h', '1d' or '1h30m' (units in lower case)")
+        raise ValueError(
+            f"{text!r} is no duration: write '500ms', '30s', '5m', '2h', '1d' or '1h30m' (units in lower case)"
+        )
     units = [list(_UNITS_S).index(unit) for _, unit in parts]
     if units != sorted(set(units), reverse=True):
         raise ValueError(f"{text!r} is no duration: each unit once, the largest first")

@@ -113,7 +113,13 @@ class CircuitOpenError(PyWorkflowError):
     """
 
     def __init__(
-        self, message: str = "", *, name: str = "", key: str | None = None, reason: str = "", retry_after: float | None = None
+        self,
+        message: str = "",
+        *,
+        name: str = "",
+        key: str | None = None,
+        reason: str = "",
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.name = name

@@ -51,7 +51,7 @@ def idempotency_key(
 
 
 def span_id(run_uid: str, *parts: object) -> str:
-    """16 hexadecimal digits for the span at this place of the run: the same in every process, before and after a crash."""
+    """16 hexadecimal digits for the span at this place of the run, the same in every process."""
     return hashlib.sha256("\x1f".join(("span", run_uid, *map(str, parts))).encode()).hexdigest()[:16]
 
 

@@ -92,7 +92,8 @@ def operators(program: Program) -> Counter[str]:
 
 async def interpret(program: Program) -> int:
     """The workflow: run the program."""
-    return await _OPERATORS[program[0]](*program[1:])
+    total: int = await _OPERATORS[program[0]](*program[1:])
+    return total
 
 
 async def _add(n: int) -> int:

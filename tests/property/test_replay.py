@@ -7,7 +7,8 @@ import random
 import subprocess
 import sys
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyworkflow_ray.engine.events import COMMANDS, INPUTS, Event, RunActivated, RunCompleted, event_adapter
 from pyworkflow_ray.engine.history import History

@@ -52,7 +52,8 @@ def test_a_sleep_of_a_day_is_a_durable_timer_and_parks_the_run():
     simulation = simulate(flow)
     types = [e.type for e in simulation.events]
     assert simulation.clock_s >= 86_400
-    assert "run_parked" in types and "timer_fired" in types
+    assert "run_parked" in types
+    assert "timer_fired" in types
 
 
 def test_a_timeout_cancels_the_step_it_waits_for():
@@ -127,11 +128,14 @@ def test_time_randomness_and_uuids_are_the_same_after_every_crash():
         first = [run.random(), str(run.uuid4())]
         await double(1)
         await asyncio.gather(double(2), double(3))
-        return first + [run.random(), str(run.uuid4())]
+        return [*first, run.random(), str(run.uuid4())]
 
     assert len({str(result_of(flow, seed=s, faults=Faults(crash=0.2))) for s in range(15)}) == 1
     value = result_of(flow)
-    assert 0 <= value[0] < 1 and value[0] != value[2] and value[1] != value[3] and value[1][14] == "4"
+    assert 0 <= value[0] < 1
+    assert value[0] != value[2]
+    assert value[1] != value[3]
+    assert value[1][14] == "4"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +162,8 @@ def test_a_body_that_waits_for_what_nothing_will_bring_is_paused():
         await asyncio.Event().wait()
 
     paused = simulate(flow).paused
-    assert paused.reason == "code" and "nothing sets" in paused.message
+    assert paused.reason == "code"
+    assert "nothing sets" in paused.message
 
 
 def test_an_evicted_body_runs_its_finally_without_effect():
@@ -175,7 +180,8 @@ def test_an_evicted_body_runs_its_finally_without_effect():
 
     simulation = simulate(flow)
     assert simulation.ended.result.data == "done"
-    assert effects[0] is True and effects[-1] is False
+    assert effects[0] is True
+    assert effects[-1] is False
     assert sum(e.type == "step_scheduled" for e in simulation.events) == 2
 
 
@@ -223,7 +229,8 @@ def test_max_duration_ends_the_run_as_failed_with_a_timeout():
         await asyncio.sleep(1000)
 
     simulation = simulate(flow, max_duration_s=60)
-    assert isinstance(simulation.ended, RunFailed) and simulation.ended.error.kind == "timeout"
+    assert isinstance(simulation.ended, RunFailed)
+    assert simulation.ended.error.kind == "timeout"
     assert 60 <= simulation.clock_s < 62
 
 
