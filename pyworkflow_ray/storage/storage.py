@@ -364,6 +364,7 @@ class Storage:
         with self._finding(run_id) as place:
             if first:
                 return continue_first(place, lease, on_finish)
+            _ensure_directory(self.disk, place.temporary)
             journal, view = take_over(place, lease, on_finish, after=after)
         try:
             stands = view.standing

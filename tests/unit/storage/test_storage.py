@@ -320,9 +320,9 @@ def test_a_copy_without_its_empty_directories_is_read_and_goes_on(storage: Stora
             os.rmdir(where)
     copy = Storage.open(storage.root)
     assert copy.list_run_ids() == ["run"]
-    make_run(copy, "more", events=1)
     journal, _ = copy.activate("run", "")
     assert journal.append([fired(2)]).result() == 2
+    make_run(copy, "more", events=1)
 
 
 # Blobs ------------------------------------------------------------------------------------------------------------
