@@ -17,7 +17,6 @@ id is taken: creation can't race with a run that finishes, for finishing moves n
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
@@ -34,8 +33,9 @@ from pyworkflow_ray.errors import (
     StorageError,
 )
 from pyworkflow_ray.failpoints import failpoint
-from pyworkflow_ray.ids import check_run_id, new_id
+from pyworkflow_ray.ids import check_run_id
 from pyworkflow_ray.storage.checked import decode_checked, encode_checked
+from pyworkflow_ray.storage.directory import DIRECTORIES, STORAGE_FILE, ensure_directory, listing, make_storage
 from pyworkflow_ray.storage.disk import DISK, Disk
 from pyworkflow_ray.storage.epochs import epoch_name
 from pyworkflow_ray.storage.index import ActiveIndex
@@ -56,10 +56,8 @@ from pyworkflow_ray.storage.record import FORMAT_VERSION, chain_start, decode_re
 
 logger = logging.getLogger(__name__)
 
-_FILE: Final = "storage.json"
 _RETIRED: Final = "retired.json"
 _HEAD_BYTES: Final = 4096  # more than any head takes
-_DIRECTORIES: Final = ("active", "runs", "blobs", "leases", "tmp")
 
 
 @dataclass(slots=True, frozen=True)
@@ -133,26 +131,26 @@ class Storage:
         if version != FORMAT_VERSION:
             raise StorageError(
                 f"storage {root} has format {version!r}, this version reads {FORMAT_VERSION}: upgrade pyworkflow-ray",
-                path=f"{root}/{_FILE}",
+                path=f"{root}/{STORAGE_FILE}",
             )
         return cls(root, str(content["storage_id"]), disk)
 
     @staticmethod
     def _read_or_make(root: str, create: bool, disk: Disk) -> dict[str, object]:
-        path = f"{root}/{_FILE}"
+        path = f"{root}/{STORAGE_FILE}"
         if not disk.exists(path):
             if not create:
                 raise StorageError(f"there is no storage at {root}", path=root)
-            _make(root, disk)
+            make_storage(root, disk)
         try:
-            return decode_checked(_FILE, disk.read(path), path)
+            return decode_checked(STORAGE_FILE, disk.read(path), path)
         except FileNotFoundError:
             raise StorageError(f"there is no storage at {root}", path=root) from None
 
     def ensure_directories(self) -> None:
         """Make what a copy of the storage may have lost: directories that were empty."""
-        for name in _DIRECTORIES:
-            _ensure_directory(self.disk, f"{self.root}/{name}")
+        for name in DIRECTORIES:
+            ensure_directory(self.disk, f"{self.root}/{name}")
 
     # Making runs
 
@@ -210,7 +208,7 @@ class Storage:
                 self._index.add(run_id, 0)
                 disk.mkdir(temporary[run_id])
                 disk.write_file(f"{temporary[run_id]}/{epoch_name(0)}", data, sync=False)
-                _ensure_directory(disk, os.path.dirname(self._directory(run_id)))
+                ensure_directory(disk, os.path.dirname(self._directory(run_id)))
             failpoint("create.before_sync")
             # One after another once all are written: the first sync does most of the work for the others.
             for run_id in files:
@@ -323,8 +321,8 @@ class Storage:
             return self.unfinished()
         ids: set[str] = set()
         try:
-            for shard in _listing(self.disk, f"{self.root}/runs"):
-                ids.update(filter(_is_run_id, _listing(self.disk, f"{self.root}/runs/{shard}")))
+            for shard in listing(self.disk, f"{self.root}/runs"):
+                ids.update(filter(_is_run_id, listing(self.disk, f"{self.root}/runs/{shard}")))
         except OSError as error:
             raise disk_error("listing", self.root, error) from error
         if finished is True:
@@ -364,7 +362,7 @@ class Storage:
         with self._finding(run_id) as place:
             if first:
                 return continue_first(place, lease, on_finish)
-            _ensure_directory(self.disk, place.temporary)
+            ensure_directory(self.disk, place.temporary)
             journal, view = take_over(place, lease, on_finish, after=after)
         try:
             stands = view.standing
@@ -440,7 +438,7 @@ class Storage:
         path = self._blob(digest)
         directory = os.path.dirname(path)
         try:
-            _ensure_directory(self.disk, directory)
+            ensure_directory(self.disk, directory)
             if not self.disk.exists(path) or self.disk.read(path) != data:
                 temporary = f"{self.root}/tmp/{self.disk.token()}"
                 self.disk.write_file(temporary, data)
@@ -488,69 +486,3 @@ def _is_run_id(name: str) -> bool:
     except ConfigurationError:
         return False
     return True
-
-
-def _listing(disk: Disk, path: str) -> list[str]:
-    try:
-        return disk.listdir(path)
-    except FileNotFoundError:
-        return []  # a copy of the storage may leave out empty directories
-
-
-def _ensure_directory(disk: Disk, path: str) -> None:
-    """Make a directory whose name is durable before anything in it is acknowledged."""
-    if not disk.exists(path):
-        with contextlib.suppress(FileExistsError):
-            disk.mkdir(path)
-        disk.sync_dir(os.path.dirname(path))
-
-
-def _missing_ancestors(root: str) -> Iterator[str]:
-    path = root
-    while not os.path.isdir(path):
-        yield path
-        path = os.path.dirname(path)
-
-
-def _make_directories(root: str, disk: Disk) -> None:
-    """All that runs are made in, durable before the storage can be found, so that making a run syncs no more of it."""
-    paths = [f"{root}/{name}" for name in _DIRECTORIES] + [f"{root}/runs/{shard:02x}" for shard in range(256)]
-    for path in paths:
-        with contextlib.suppress(FileExistsError):
-            disk.mkdir(path)
-    disk.sync_dir(f"{root}/runs")
-    disk.sync_dir(root)
-
-
-def _make(root: str, disk: Disk) -> None:
-    """Make a storage in a directory that is missing or empty. Of several makers one wins, and all find its id."""
-    if os.path.lexists(root) and not os.path.isdir(root):
-        raise ConfigurationError(f"storage={root!r} is no directory")
-    for path in reversed(list(_missing_ancestors(root))):
-        with contextlib.suppress(FileExistsError):
-            disk.mkdir(path)
-        disk.sync_dir(os.path.dirname(path))
-    names = [name for name in disk.listdir(root) if not name.startswith(f".{_FILE}.")]
-    if _FILE in names:
-        return
-    others = sorted(set(names) - set(_DIRECTORIES))
-    if others:
-        raise ConfigurationError(
-            f"storage={root!r} holds other files ({others[0]!r}): give a directory that is empty or missing"
-        )
-    if any(_listing(disk, f"{root}/runs/{shard}") for shard in _listing(disk, f"{root}/runs")):
-        raise CorruptJournalError(f"{root}/{_FILE} is missing from a storage that holds runs: restore it", path=root)
-    _make_directories(root, disk)
-    temporary = f"{root}/.{_FILE}.{disk.token()}"
-    content = {"kind": "pyworkflow-ray storage", "format": FORMAT_VERSION, "storage_id": new_id()}
-    disk.write_file(temporary, encode_checked(_FILE, content))
-    try:
-        disk.link(temporary, f"{root}/{_FILE}")
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.EOPNOTSUPP):
-            raise ConfigurationError(f"storage={root!r}: its file system has no hard links, use a local disk") from None
-        if not isinstance(error, FileExistsError):
-            raise
-    finally:
-        disk.unlink(temporary)
-    disk.sync_dir(root)
