@@ -27,6 +27,7 @@ from pyworkflow_ray.engine.events import (
     RunActivated,
     RunCancelled,
     RunCancelRequested,
+    RunFailed,
     RunParked,
     RunPaused,
     StepCancelled,
@@ -119,6 +120,15 @@ class Driver:
             self._machine.evict()
             details = {name: getattr(error, name) for name in ("position", "recorded", "attempted", "remedy")}
             return self._pause("nondeterminism", str(error), now, details)
+        except Exception as error:  # its arguments can't be restored, or the workflow does not take them any more
+            self._machine.evict()
+            return self._pause(
+                "code",
+                f"run {created.run_id!r} is paused: its workflow {created.workflow!r} can't be called with the "
+                f"recorded arguments: {type(error).__name__}: {error}. Restore the code that the run was started "
+                f"with and resume: pyworkflow-ray runs resume {created.run_id}",
+                now,
+            )
         if before.cancel is not None:
             since = before.cancel.at if activation.cause == "wake" else now  # a lost owner must not shorten the grace
             self._cancel_deadline = since + self._limits.cancel_grace_s
@@ -128,7 +138,7 @@ class Driver:
             if step.ended is None and self._history.ended is None:
                 self._take_up(position, step, position in handed_back, activation, now)
         for event in list(self._history.deferred):
-            if not self._over and not self._history.ended:
+            if not self._over and not self._history.ended and event in self._history.deferred:
                 self._deliver(event.model_copy(update={"seq": -1, "at": now}), now)
         self._settle(now)
 
@@ -141,8 +151,6 @@ class Driver:
         if isinstance(event, StepStarted) and event.attempt <= step.attempt:
             return
         self._note(event.model_copy(update={"at": now}))
-        if self._flush_at is None:
-            self._flush_at = now + self._limits.flush_after_s
 
     def outcome(self, outcome: Outcome, now: float) -> None:
         """A dispatch ended."""
@@ -199,13 +207,14 @@ class Driver:
     def tick(self, now: float) -> None:
         """Do what is due: timers, in order; retries; the run's deadline; the end of a cancelled run's grace."""
         self._now = now
-        if self._over or self._machine is None:
+        if self._over or self._machine is None or self._history.paused is not None:
             return
-        while not self._history.ended:
-            due = min(((at, p) for p, at in self._history.open_timers.items() if at <= now), default=None)
-            if due is None:
-                break
-            self._deliver(TimerFired(at=now, position=due[1]), now)
+        # Those that are due now, at the same moment in the order they were started. What they start in turn is for the
+        # next tick, however soon: a body that sleeps for next to nothing in a loop must not keep out everything else.
+        due = sorted((at, i, p) for i, (p, at) in enumerate(self._history.open_timers.items()) if at <= now)
+        for _, _, position in due:
+            if position in self._history.open_timers and not self._history.ended:
+                self._deliver(TimerFired(at=now, position=position), now)
         deadline = self._deadline()
         if deadline is not None and deadline <= now and self._history.cancel is None and not self._history.ended:
             limit = self._history.created.max_duration_s if self._history.created else None
@@ -262,7 +271,7 @@ class Driver:
     @property
     def next_due(self) -> float | None:
         """When `tick` must be called next; None: never by itself."""
-        if self._over or self._history.ended is not None:
+        if self._over or self._history.ended is not None or self._history.paused is not None:
             return None
         moments = [*self._waits(), self._flush_at, self._cancel_deadline]
         if self._history.cancel is None:
@@ -281,6 +290,8 @@ class Driver:
         event.seq = self._history.next_seq
         self._history.apply(event)
         self._lazy.append(event)
+        if self._flush_at is None:
+            self._flush_at = self._now + self._limits.flush_after_s
 
     def _command(self, event: Event) -> None:
         self._note(event)
@@ -361,11 +372,15 @@ class Driver:
             if (step.retry_at or 0.0) <= now:
                 self._dispatch(step)
             return
+        if step.verdict is not None:  # the last attempt was recorded, the end that follows from it was not
+            most = step.event.policy.max_retries
+            why = "permanent" if most is None or step.retries_used <= most else "exhausted"
+            return self._fail(step, step.attempt, step.verdict.error, why, now)
         self._lose(step, "run_actor_lost", False, "", now)
 
     def _lose(self, step: StepState, cause: str, charged: bool, message: str, now: float) -> None:
         event, policy = step.event, step.event.policy
-        exhausted = charged and step.recoveries + 1 > policy.max_recoveries
+        exhausted = step.recoveries + charged > policy.max_recoveries
         retry_at: float | None = None
         if policy.idempotent and not exhausted:
             retry_at = max(now, step.retry_at or 0.0)
@@ -461,8 +476,12 @@ class Driver:
         """The body did not end within its grace: it ends here, and what it still runs is cancelled."""
         cancel = self._history.cancel
         open_steps = [p for p, s in self._history.steps.items() if s.ended is None]
-        events: list[Event] = [StepCancelled(position=p) for p in open_steps]
-        events.append(RunCancelled(reason=cancel.reason if cancel else None))
+        events: list[Event] = [StepCancelled(position=p, forced=True) for p in open_steps]
+        if cancel is not None and cancel.cause == "max_duration":
+            late = StepTimeoutError(cancel.reason or "the run reached its max_duration")
+            events.append(RunFailed(error=self._codec.encode_error(late, "timeout")))
+        else:
+            events.append(RunCancelled(reason=cancel.reason if cancel else None))
         if self._machine is not None:
             self._machine.evict()
         self._commands(events, now)
@@ -509,7 +528,7 @@ class Driver:
     def _wait_or_park(self, now: float) -> None:
         waits = self._waits()
         if not waits:
-            if self._machine is not None and self._machine.waits_for_nothing():
+            if self._history.cancel is None and self._machine is not None and self._machine.waits_for_nothing():
                 self._pause(
                     "code",
                     "the workflow waits for something that no step and no timer will ever bring "

@@ -330,10 +330,12 @@ class StepCancelled(Event):
     """Command: the body no longer waits for the step (timeout, TaskGroup, cancel, end of the run).
 
     Its outcome, should one come, is dropped.
+    forced: by the driver, of a body that did not end within its grace; the body never gave this command.
     """
 
     type: Literal["step_cancelled"] = "step_cancelled"
     position: str
+    forced: bool = False
 
 
 # Timers -----------------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ class StepState:
     dispatched: bool = False
     previous: list[PreviousFailure] = field(default_factory=list)
     failed_attempts: set[int] = field(default_factory=set)
+    verdict: AttemptFailed | None = None  # the last attempt, after which none follows: the step's failure is due
 
 
 @dataclass(slots=True)
@@ -89,9 +90,9 @@ class History:
         self.next_seq = event.seq + 1
         self.counted += 1
         self.last_at = max(self.last_at, event.at)
-        if isinstance(event, (*INPUTS, *COMMANDS)):
+        if isinstance(event, (*INPUTS, *COMMANDS)) and not (isinstance(event, StepCancelled) and event.forced):
             self.script.append(event)
-        if self.deferred and isinstance(event, (StepCompleted, TimerFired)):
+        if self.deferred and isinstance(event, (StepCompleted, StepFailed, TimerFired, StepCancelled, TimerCancelled)):
             self.deferred = [e for e in self.deferred if getattr(e, "position", None) != event.position]
         match event:
             case RunCreated():
@@ -114,7 +115,8 @@ class History:
             case StepLost():
                 step = self.steps[event.position]
                 step.recoveries += event.charged
-                step.waiting, step.dispatched, step.retry_at = True, False, event.retry_at
+                # without a retry its failure follows, and may be missing: it must not look as if it waited for a retry
+                step.waiting, step.dispatched, step.retry_at = event.retry_at is not None, False, event.retry_at
                 step.attempt = max(step.attempt, event.attempt or 0)
             case StepCompleted():
                 self._end_step(event.position, "completed", event.attempt)
@@ -152,27 +154,30 @@ class History:
         step.retries_used += 1
         step.started_at = None
         step.retry_at = event.retry_at
+        step.verdict = event if event.retry_at is None else None
         failure = PreviousFailure(event.attempt, event.error.kind, event.error.type, event.error.message, event.delay_s)
         step.previous = [*step.previous[-99:], failure]
 
     def _activated(self, event: RunActivated) -> None:
+        unseen = event.epoch - max(self.epoch, 0)  # this loss, and those of owners that died before they wrote a word
         self.epoch = event.epoch
         if self.first_activated_at is None:
             self.first_activated_at = event.at
         if event.cause == "recovery" and event.charged:
-            self.lost_activations += 1
-        elif event.cause == "resume":
+            self.lost_activations += max(1, unseen)
+        elif event.cause in ("resume", "cancel"):  # a person asked for it: the limits begin anew
             self.lost_activations = 0
             self.counted = 0
         self.paused = None
         for step in self.steps.values():
             step.dispatch, step.dispatched = 0, False
         if event.resets:
-            self._reset(set(event.resets))
+            self._reset(set(event.resets), event.at)
 
-    def _reset(self, positions: set[str]) -> None:
+    def _reset(self, positions: set[str], now: float) -> None:
         """Take failed steps back: they are open again, with fresh attempts, and what the body did because they had
-        failed never happened. The run's end is taken back too; keys of the steps (idempotency) stay the same."""
+        failed never happened. The run's end is taken back too; keys of the steps (idempotency) stay the same. Timers
+        that were cancelled for the failure go on with the time they had left."""
         cut = next(
             (i for i, e in enumerate(self.script) if isinstance(e, StepFailed) and e.position in positions), None
         )
@@ -180,8 +185,11 @@ class History:
             self.script = [e for e in self.script if not isinstance(e, TERMINAL)]
         else:
             kept = {e.position for e in self.script[:cut] if isinstance(e, (StepScheduled, TimerStarted))}
+            due = {e.position: e.due_at for e in self.script[:cut] if isinstance(e, TimerStarted)}
             later: list[Event] = [
-                e for e in self.script[cut:] if isinstance(e, (StepCompleted, TimerFired)) and e.position in kept
+                e
+                for e in self.script[cut:]
+                if isinstance(e, (StepCompleted, StepFailed, TimerFired)) and e.position in kept - positions
             ]
             for event in self.script[cut:]:
                 if isinstance(event, StepScheduled):
@@ -189,7 +197,7 @@ class History:
                 elif isinstance(event, StepCancelled) and event.position in self.steps:
                     self.steps[event.position].ended = None
                 elif isinstance(event, TimerCancelled) and event.position in kept:
-                    self.open_timers[event.position] = event.at
+                    self.open_timers[event.position] = now + max(0.0, due[event.position] - event.at)
                 elif isinstance(event, TimerStarted):
                     self.open_timers.pop(event.position, None)
             self.script = self.script[:cut]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import ctypes
 import datetime as dt
 import hashlib
 import sys
@@ -144,6 +145,10 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         """Run all that is ready, and what becomes ready by it, until the body is quiet."""
         outer = asyncio._get_running_loop()
         outer_task = _leave_task(outer)
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(
+            None, None
+        )  # an outer loop must not close the body's generators: there it is a plain call
         asyncio._set_running_loop(self)
         try:
             while self._ready:
@@ -155,6 +160,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                         pass  # the task that raised it holds it: the run fails with it, its process goes on
         finally:
             asyncio._set_running_loop(outer)
+            sys.set_asyncgen_hooks(*hooks)
             _enter_task(outer, outer_task)
 
     def fire(self, position: str) -> None:
@@ -175,6 +181,10 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                         coroutine.close()
                     except BaseException:  # a body may raise whatever it likes while it is dropped
                         pass
+                    if getattr(coroutine, "cr_frame", None) is not None:
+                        # It refused to end (a bare `except` in a loop). The collector would try again, outside of this
+                        # loop, where its steps are plain calls: it is never collected.
+                        ctypes.pythonapi.Py_IncRef(ctypes.py_object(coroutine))
         finally:
             asyncio._set_running_loop(outer)
         self._ready.clear()
