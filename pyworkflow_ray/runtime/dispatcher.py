@@ -143,7 +143,7 @@ class Dispatcher:
     def adopt_locked(self, pool: Pool, key: str, handle: Any) -> None:
         if key in pool.slots:
             return
-        slot = pool.slots[key] = Slot(key, handle)
+        slot = pool.slots[key] = Slot(key, handle, pool.incarnation)
         handle.ready.remote().future().add_done_callback(lambda f: self._actor_ready(pool, slot, f))
 
     def _actor_ready(self, pool: Pool, slot: Slot, future: Any) -> None:
@@ -272,18 +272,25 @@ class Dispatcher:
         slot.batch = {}
         log.info("a run actor was lost with %d runs: %s", len(lost), faults.first_line(error))
         charged = faults.lost_actor_is_charged(error)
-        pool.anchor.incarnation.remote().future().add_done_callback(lambda f: self._resume_lost(pool, lost, charged, f))
+        made_by = slot.incarnation
+        pool.anchor.incarnation.remote().future().add_done_callback(
+            lambda f: self._resume_lost(pool, lost, charged, made_by, f)
+        )
 
-    def _resume_lost(self, pool: Pool, lost: list[Assignment], charged: bool, future: Any) -> None:
-        """The anchor has said whether it was its death: then nobody is charged."""
+    def _resume_lost(self, pool: Pool, lost: list[Assignment], charged: bool, made_by: str, future: Any) -> None:
+        """The anchor has said whether it was its death: then nobody is charged.
+
+        It is compared with the incarnation that made the run actor: the pool may have heard of the newer one already.
+        """
         with self.lock:
             failed = future.exception()
             if failed is not None:
                 charged = False
                 self.after_locked(0.2, lambda: self._anchor_again(pool, failed))
-            elif future.result() != pool.incarnation:
+            elif future.result() != made_by:
                 charged = False
-                self.anchor_changed_locked(pool, future.result())
+                if future.result() != pool.incarnation:
+                    self.anchor_changed_locked(pool, future.result())
             for before in lost:
                 known = self.runs.get(before.run_id)
                 if known is not None:

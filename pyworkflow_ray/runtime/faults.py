@@ -33,11 +33,11 @@ def is_permanent(error: BaseException) -> bool:
 
 
 def lost_actor_is_charged(error: BaseException) -> bool:
-    """Whether a run is charged for the loss of its actor: not when the whole node went."""
+    """Whether a run is charged for the loss of its actor: not when the whole node went, or its anchor."""
     if getattr(error, "preempted", False):
         return False
     text = str(error).lower()
-    return not any(word in text for word in _NODE_WORDS[:3])
+    return not any(word in text for word in (*_NODE_WORDS[:3], "owner has died"))
 
 
 def first_line(error: BaseException) -> str:

@@ -21,10 +21,14 @@ IDLE_S = 60.0  # a run actor that nobody needed for so long is let go
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One run actor. `batch`: what it has and has not reported; None: still starting."""
+    """One run actor, made by that incarnation of its anchor.
+
+    batch: what it has and has not reported; None: still starting.
+    """
 
     key: str
     handle: Any
+    incarnation: str
     batch: dict[str, Assignment] | None = None
     executing: bool = False
     since: float = field(default_factory=time.monotonic)

@@ -82,7 +82,7 @@ def _adopt(controller: Dispatcher, pool: Any, handle: Any, doing: Doing) -> None
     with controller.lock:
         slot = pool.slots.get(doing.key)
         if slot is None:
-            slot = pool.slots[doing.key] = Slot(doing.key, handle)
+            slot = pool.slots[doing.key] = Slot(doing.key, handle, pool.incarnation)
         slot.batch = {}
         if doing.run_id is not None:
             doing.queued.insert(0, Assignment(doing.run_id, cause="recovery"))
