@@ -13,6 +13,7 @@ import threading
 from typing import Any
 
 from pyworkflow_ray.engine.calls import StepCall
+from pyworkflow_ray.runtime.breaker_actor import guard_for
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.storage.codec import StorageCodec
 from pyworkflow_ray.storage.storage import Storage
@@ -32,10 +33,6 @@ class Process:
 
     def guard(self, call: StepCall) -> Any:
         """The breaker of this call, as this process sees it; None where it has none."""
-        if call.breaker is None:
-            return None
-        from pyworkflow_ray.runtime.breaker_actor import guard_for
-
         return guard_for(call)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pyworkflow_ray.engine.calls import Codec
 from pyworkflow_ray.engine.events import CodeEnvironment, Payload, RunCreated
+from pyworkflow_ray.execution.breakers import declared_settings
 from pyworkflow_ray.execution.code import describe_workflow
 from pyworkflow_ray.execution.definitions import WorkflowDefinition
 from pyworkflow_ray.ids import new_id, new_run_id, trace_id
@@ -51,6 +52,7 @@ def make_created(
         attributes=dict(attributes),
         max_duration_s=definition.max_duration_s,
         max_recoveries=definition.max_recoveries,
+        breakers=declared_settings(),
         trace_id=trace_id(uid),
     )
 

@@ -1,0 +1,39 @@
+"""What a run takes along when it is submitted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyworkflow_ray as pw
+from pyworkflow_ray.engine.events import CodeEnvironment, RunCreated
+from pyworkflow_ray.runtime.submission import make_created
+from pyworkflow_ray.storage.codec import StorageCodec
+from pyworkflow_ray.storage.storage import Storage
+
+payments = pw.CircuitBreaker(name="submission-payments", failure_threshold=3, recovery_timeout=7)
+
+
+@pw.workflow
+async def flow() -> None: ...
+
+
+def created(tmp_path: Path) -> RunCreated:
+    storage = Storage.open(tmp_path / "runs")
+    return make_created(
+        flow.definition,
+        (),
+        {},
+        run_id=None,
+        attributes={},
+        storage_id=storage.storage_id,
+        environment=CodeEnvironment(key="k", python="3.11"),
+        codec=StorageCodec(storage),
+        put_blob=storage.put_blob,
+    )
+
+
+def test_a_run_takes_the_settings_of_the_declared_breakers_along(tmp_path: Path) -> None:
+    _ = payments.name
+    stored = json.loads(created(tmp_path).model_dump_json())
+    assert stored["breakers"]["submission-payments"] == {"failure_threshold": 3, "recovery_timeout": 7.0}
