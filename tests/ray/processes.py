@@ -43,12 +43,12 @@ def kill(pid: int) -> None:
     handle = os.pidfd_open(pid)
     try:
         signal.pidfd_send_signal(handle, signal.SIGKILL)
-        until(lambda: not _runs(pid), f"process {pid} is gone")
+        until(lambda: not lives(pid), f"process {pid} is gone")
     finally:
         os.close(handle)
 
 
-def _runs(pid: int) -> bool:
+def lives(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
