@@ -6,6 +6,7 @@ ledger that its steps wrote.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from processes import descendants, end_all, kill, lives, until
 
 import pyworkflow_ray as pw
 from pyworkflow_ray.engine.events import TERMINAL, RunActivated
+from pyworkflow_ray.storage.storage import Storage
 
 pytestmark = pytest.mark.ray
 
@@ -85,13 +87,25 @@ def held_owner(launch: Launch, storage: Path, folder: Path, count: int) -> subpr
     return owner
 
 
-def kill_with_its_ray(owner: subprocess.Popen[str]) -> None:
+def is_free(storage: Path, run_id: str) -> bool:
+    """Whether nobody holds the run's lease: a worker that was born during the kill still may."""
+    lease = Storage.open(storage).owner(run_id).lease
+    with (storage / "leases" / f"{lease}.lease").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def kill_with_its_ray(owner: subprocess.Popen[str], storage: Path) -> None:
     """SIGKILL of the owner; its embedded Ray, which would end by itself in a while, is ended with it."""
     below = descendants(root=owner.pid)
     kill(owner.pid)
     owner.wait()
     end_all(below)
     until(lambda: not any(lives(pid) for pid in below), "its Ray is gone")
+    until(lambda: is_free(storage, "run-0"), "nobody holds its lease")
 
 
 def check(run_id: str, ledger: Path, held: bool = True) -> None:
@@ -112,7 +126,7 @@ def test_runs_of_a_killed_script_go_on_in_a_process_that_has_not_its_code(
     owner = held_owner(launch, connected, tmp_path, 1)
     assert pw.recover() == []  # it lives
     assert flows.lines(tmp_path / "ledger-0") == [*BEFORE, "step 1"]
-    kill_with_its_ray(owner)
+    kill_with_its_ray(owner, connected)
     (tmp_path / "gate").touch()
     (handle,) = pw.recover()
     assert handle.run_id == "run-0"
@@ -133,7 +147,7 @@ def test_recover_takes_nothing_from_an_owner_that_lives(launch: Launch, connecte
 
 def test_of_two_that_recover_at_once_one_takes_each_run(launch: Launch, connected: Path, tmp_path: Path) -> None:
     owner = held_owner(launch, connected, tmp_path, 4)
-    kill_with_its_ray(owner)
+    kill_with_its_ray(owner, connected)
     held = ["step 1" in flows.lines(tmp_path / f"ledger-{i}") for i in range(4)]
     taker = launch("taker.py", connected)
     assert answer(taker) == "ready"
