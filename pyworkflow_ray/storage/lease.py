@@ -207,7 +207,9 @@ def _declare_dead(storage: Storage, lease_id: str) -> bool:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if not _lock(fd, fcntl.LOCK_EX):
-            return False
+            # Held by its owner, or for a moment by another process that declares it dead: wait for that one to end.
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            return _is_dead(storage, lease_id)
         decode_checked(f"leases/{lease_id}.lease", storage.disk.read(path), path)
         temporary = f"{storage.root}/tmp/{storage.disk.token()}"
         storage.disk.write_file(temporary, encode_checked(f"leases/{lease_id}.dead", _content(storage, lease_id)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,16 @@ def test_a_run_is_owned_from_its_creation_on(storage: Storage) -> None:
         assert orphans(storage).held == {"run": lease.id}
         journal, _ = storage.activate("run", lease.id, first=True)
         assert journal.append([fired(1)]).result() == 1
+
+
+def test_a_lease_that_another_process_is_declaring_dead_is_found_dead(tmp_path: Path) -> None:
+    """A look at the very moment of another's look must not take the dead for living."""
+    storage = Storage.open(tmp_path)
+    dead = Lease.join(storage)
+    lease_id = dead.id
+    dead.close()
+    for _ in range(20):
+        with ThreadPoolExecutor(4) as pool:
+            seen = list(pool.map(lambda _: dead_leases(Storage.open(tmp_path)), range(4)))
+        assert all(lease_id in leases for leases in seen)
+        (tmp_path / "leases" / f"{lease_id}.dead").unlink()
