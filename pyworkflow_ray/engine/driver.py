@@ -150,6 +150,9 @@ class Driver:
             return
         if isinstance(event, StepStarted) and event.attempt <= step.attempt:
             return
+        if isinstance(event, AttemptFailed) and event.attempt > step.first_attempt:
+            if event.attempt - 1 not in step.failed_attempts:
+                return  # it has overtaken the one before: the outcome brings both, in order
         self._note(event.model_copy(update={"at": now}))
 
     def outcome(self, outcome: Outcome, now: float) -> None:
@@ -334,6 +337,7 @@ class Driver:
         if step.dispatch > 1 or step.waiting or step.attempt or step.recoveries:
             self._command(StepDispatched(at=self._now, position=event.position, dispatch=step.dispatch))
         step.dispatched, step.waiting, step.started_at = True, False, None
+        step.first_attempt = step.attempt + 1
         call = StepCall(
             run_id=created.run_id,
             run_uid=created.run_uid,

@@ -50,6 +50,7 @@ class StepState:
     retries_used: int = 0
     recoveries: int = 0
     retry_at: float | None = None
+    first_attempt: int = 1  # of the dispatch that runs now
     waiting: bool = False
     started_at: float | None = None  # of the attempt that runs now
     dispatch: int = 0
