@@ -150,9 +150,9 @@ class Driver:
             return
         if isinstance(event, StepStarted) and event.attempt <= step.attempt:
             return
-        if isinstance(event, AttemptFailed) and event.attempt > step.first_attempt:
-            if event.attempt - 1 not in step.failed_attempts:
-                return  # it has overtaken the one before: the outcome brings both, in order
+        follows = event.attempt == step.first_attempt or event.attempt - 1 in step.failed_attempts
+        if isinstance(event, AttemptFailed) and not follows:
+            return  # it has overtaken the one before: the outcome brings both, in order
         self._note(event.model_copy(update={"at": now}))
 
     def outcome(self, outcome: Outcome, now: float) -> None:
