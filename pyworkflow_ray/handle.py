@@ -127,7 +127,8 @@ class RunHandle(Generic[R]):
             else:
                 future = client.ended(self.run_id)
                 try:
-                    await asyncio.wrap_future(future)
+                    if not self.done():  # asked again once we are told of its end: it may have come just before
+                        await asyncio.wrap_future(future)
                 finally:
                     client.forget(self.run_id, future)
         return self._value()
@@ -151,7 +152,8 @@ class RunHandle(Generic[R]):
             return
         future = client.ended(self.run_id)
         try:
-            future.result(seconds)
+            if not self.done():  # asked once we are told of its end: what came before is not told again
+                future.result(seconds)
         except TimeoutError:
             if not self.done():
                 raise TimeoutError(f"run {self.run_id!r} has not ended after {seconds} s; it goes on") from None
