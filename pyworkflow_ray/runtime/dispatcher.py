@@ -28,6 +28,7 @@ from pyworkflow_ray.engine.events import CodeEnvironment
 from pyworkflow_ray.execution.environment import python_version
 from pyworkflow_ray.runtime import faults, taking
 from pyworkflow_ray.runtime.anchor import Anchor
+from pyworkflow_ray.runtime.answers import Answers
 from pyworkflow_ray.runtime.messages import NAMESPACE, Assignment, RunReport, RuntimeConfig, anchor_name
 from pyworkflow_ray.runtime.pool import Pool, Slot
 from pyworkflow_ray.runtime.process import enter_process
@@ -76,6 +77,7 @@ class Dispatcher:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_count = 0
         self._timer_wake = threading.Condition(self.lock)
+        self.then = Answers().then
         threading.Thread(target=self._timer_loop, name="timers", daemon=True).start()
 
     # Pools ------------------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ class Dispatcher:
         env = pool.environment
         lease = self.lease.id if self.lease is not None else ""
         pool.anchor = make_anchor(self.config, env, lease, self.cpus, pool.least)
-        pool.anchor.hold.remote(lease).future().add_done_callback(lambda f: self._anchor_holds(pool, f))
+        self.then(pool.anchor.hold.remote(lease), lambda f: self._anchor_holds(pool, f))
 
     def _anchor_holds(self, pool: Pool, future: Any) -> None:
         with self.lock:
@@ -113,11 +115,11 @@ class Dispatcher:
                 self.make_anchor_locked(pool)
             else:
                 lease = self.lease.id if self.lease is not None else ""
-                pool.anchor.hold.remote(lease).future().add_done_callback(lambda f: self._anchor_holds(pool, f))
+                self.then(pool.anchor.hold.remote(lease), lambda f: self._anchor_holds(pool, f))
 
     def refresh_locked(self, pool: Pool) -> None:
         """Ask the anchor for its run actors, adopt those that are new to us."""
-        pool.anchor.actors.remote().future().add_done_callback(lambda f: self._listed(pool, f))
+        self.then(pool.anchor.actors.remote(), lambda f: self._listed(pool, f))
 
     def _listed(self, pool: Pool, future: Any) -> None:
         with self.lock:
@@ -138,13 +140,13 @@ class Dispatcher:
         for slot in [slot for slot in pool.slots.values() if not slot.executing]:
             pool.slots.pop(slot.key)
         lease = self.lease.id if self.lease is not None else ""
-        pool.anchor.hold.remote(lease).future().add_done_callback(lambda f: self._anchor_holds(pool, f))
+        self.then(pool.anchor.hold.remote(lease), lambda f: self._anchor_holds(pool, f))
 
     def adopt_locked(self, pool: Pool, key: str, handle: Any) -> None:
         if key in pool.slots:
             return
         slot = pool.slots[key] = Slot(key, handle, pool.incarnation)
-        handle.ready.remote().future().add_done_callback(lambda f: self._actor_ready(pool, slot, f))
+        self.then(handle.ready.remote(), lambda f: self._actor_ready(pool, slot, f))
 
     def _actor_ready(self, pool: Pool, slot: Slot, future: Any) -> None:
         with self.lock:
@@ -185,7 +187,7 @@ class Dispatcher:
         if missing <= 0:
             return
         pool.asked += missing
-        pool.anchor.make.remote(missing).future().add_done_callback(lambda f: self._made(pool, missing, f))
+        self.then(pool.anchor.make.remote(missing), lambda f: self._made(pool, missing, f))
 
     def _made(self, pool: Pool, asked: int, future: Any) -> None:
         with self.lock:
@@ -245,7 +247,7 @@ class Dispatcher:
             if known is not None:
                 known.state, known.slot = "running", slot
         ref = slot.handle.execute.remote(self.me, pool.contended, batch)
-        ref.future().add_done_callback(lambda f: self._executed(pool, slot, f))
+        self.then(ref, lambda f: self._executed(pool, slot, f))
 
     def _executed(self, pool: Pool, slot: Slot, future: Any) -> None:
         error = future.exception()
@@ -273,9 +275,7 @@ class Dispatcher:
         log.info("a run actor was lost with %d runs: %s", len(lost), faults.first_line(error))
         charged = faults.lost_actor_is_charged(error)
         made_by = slot.incarnation
-        pool.anchor.incarnation.remote().future().add_done_callback(
-            lambda f: self._resume_lost(pool, lost, charged, made_by, f)
-        )
+        self.then(pool.anchor.incarnation.remote(), lambda f: self._resume_lost(pool, lost, charged, made_by, f))
 
     def _resume_lost(self, pool: Pool, lost: list[Assignment], charged: bool, made_by: str, future: Any) -> None:
         """The anchor has said whether it was its death: then nobody is charged.
