@@ -164,10 +164,7 @@ class Controller(Dispatcher):
             known = self.runs.get(run_id)
             if known is None:
                 return "nothing"
-            if known.state == "parked":
-                self.enqueue_locked(known, Assignment(run_id, cause="wake", wake=True))
-            elif known.slot is not None:
-                known.slot.handle.wake.remote(run_id)
+            self.wake_locked(known)
             return "asked"
 
     @ray.method(concurrency_group="control")

@@ -45,7 +45,7 @@ _START_FAILURES = 4
 @dataclass(slots=True, eq=False)
 class Known:
     """An unfinished run of this lease. state: "queued", "running", "parked", "paused" or "waiting" (to be tried again).
-    cancel: a cancel that the run has not been told of yet."""
+    cancel: a cancel that the run has not been told of yet. wake: it was to be woken as it went into parking."""
 
     run_id: str
     pool: Pool
@@ -53,6 +53,7 @@ class Known:
     slot: Slot | None = None
     due_at: float | None = None
     cancel: tuple[str | None] | None = None
+    wake: bool = False
     failures: int = 0
 
 
@@ -316,6 +317,8 @@ class Dispatcher:
                 known.state, known.due_at, known.failures = "parked", report.due_at, 0
                 self.tell_locked(report.run_id, "parked")
                 self.at_locked(report.due_at or time.time(), lambda: self.due(known, report.due_at))
+                if known.wake:
+                    self.wake_locked(known)
             case "paused":
                 known.state = "paused"
                 self.tell_locked(report.run_id, "paused")
@@ -343,6 +346,28 @@ class Dispatcher:
                     assignment.cancel = reason
         elif known.slot is not None:
             known.slot.handle.cancel.remote(known.run_id, reason[0])
+
+    def wake_locked(self, known: Known) -> None:
+        """Retries that the run waits for happen now."""
+        if known.state == "parked":
+            known.wake = False
+            self.enqueue_locked(known, Assignment(known.run_id, cause="wake", wake=True))
+        elif known.slot is not None:
+            self.then(known.slot.handle.wake.remote(known.run_id), lambda f: self._woken(known, f))
+        else:
+            for assignment in (*known.pool.queue, *known.pool.urgent):
+                if assignment.run_id == known.run_id:
+                    assignment.wake = True
+
+    def _woken(self, known: Known, future: Any) -> None:
+        """Where the run actor had the run no longer it had just parked it: its log says so before its report does."""
+        with self.lock:
+            if self.runs.get(known.run_id) is not known or (future.exception() is None and future.result()):
+                return
+            if known.state == "parked":
+                self.wake_locked(known)
+            else:
+                known.wake = True  # its report is still to come
 
     def _again(self, known: Known, charged: bool) -> None:
         with self.lock:

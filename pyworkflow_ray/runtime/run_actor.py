@@ -154,12 +154,17 @@ class RunActor:
 
     @ray.method(concurrency_group="control")
     def wake(self, run_id: str) -> bool:
+        """Retries that the run waits for happen now; False where this actor has not, or no longer, the run."""
         with self._lock:
-            if self._active is None or self._active.run_id != run_id or self._active.report is not None:
-                return False
-            self._active.wake_locked()
-            self._settle_locked()
-            return True
+            if self._active is not None and self._active.run_id == run_id and self._active.report is None:
+                self._active.wake_locked()
+                self._settle_locked()
+                return True
+            for assignment in self._queue:
+                if assignment.run_id == run_id:
+                    assignment.wake = True
+                    return True
+        return False
 
     @ray.method(concurrency_group="control")
     def drain(self, timeout_s: float) -> bool:
