@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pyworkflow_ray.controller")
 
+_REPORT_S = 10.0  # a report follows its event within milliseconds, if its actor lives
+
 
 def standing(events: list[Event]) -> tuple[str, float | None]:
     """How an unfinished run stands by its events: "parked" with its due time, "paused", "pending" or "running"."""
@@ -100,6 +102,7 @@ def check_owner(controller: Dispatcher, run_id: str, lease: str) -> None:
 
 def resume(controller: Dispatcher, run_id: str) -> str:
     """See `Controller.resume`."""
+    _await_report(controller, run_id)
     with controller.lock:
         known = controller.runs.get(run_id)
         if known is not None:
@@ -126,6 +129,22 @@ def resume(controller: Dispatcher, run_id: str) -> str:
         )
     enlist(controller, history.events, Assignment(run_id, cause="resume", resets=resets, after=history.epoch))
     return "asked"
+
+
+def _await_report(controller: Dispatcher, run_id: str) -> None:
+    """Where the log says that the run paused or ended and its run actor's report has not come yet: wait for that."""
+
+    def reported() -> bool:
+        known = controller.runs.get(run_id)
+        return known is None or known.slot is None
+
+    with controller.lock:
+        if reported():
+            return
+    history = controller.storage.read_run(run_id)
+    if history.finished or standing(history.events)[0] == "paused":
+        with controller.lock:
+            controller.changed.wait_for(reported, timeout=_REPORT_S)
 
 
 class _Nobody:
