@@ -39,7 +39,7 @@ test: setup ## all tests but the slow ones, with Ray, up to 10 minutes
 	$(PYTEST) tests -m "not slow"
 
 test-all: setup ## all tests, at least 200 real SIGKILLs among them, up to an hour
-	$(PYTEST) tests
+	HYPOTHESIS_PROFILE=search $(PYTEST) tests
 
 sim: setup ## one schedule of the simulator again: make sim SEED=n
 	$(BIN)/python -m pyworkflow_ray.testing.simulate --seed $(SEED)

@@ -19,5 +19,8 @@ for name in ("PYWORKFLOW_STORAGE", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 
 # A failure prints its blob (`@reproduce_failure`) and no deadline judges the speed of the machine.
-settings.register_profile("ours", deadline=None, print_blob=True)
-settings.load_profile("ours")
+# `make test` asks the same questions every time, so that a failure belongs to the change at hand; `make test-all` asks
+# new ones and more of them.
+settings.register_profile("same", deadline=None, print_blob=True, derandomize=True)
+settings.register_profile("search", deadline=None, print_blob=True, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

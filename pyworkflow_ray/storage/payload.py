@@ -24,6 +24,7 @@ import marshal
 import math
 import reprlib
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, TypeAdapter
@@ -277,8 +278,7 @@ def same(a: Any, b: Any) -> bool:
     if cls is dict:  # its order can be seen
         return all(map(same, a, b)) and all(map(same, a.values(), b.values())) if len(a) == len(b) else False
     if cls is set or cls is frozenset:
-        twins = {item: item for item in b}
-        return len(a) == len(b) and all(item in twins and same(item, twins[item]) for item in a)
+        return len(a) == len(b) and _same_members(a, b)
     if issubclass(cls, BaseModel):
         return same(a.__dict__, b.__dict__) and all(
             same(getattr(a, name, None), getattr(b, name, None))
@@ -295,6 +295,22 @@ def same(a: Any, b: Any) -> bool:
         rest = [{k: v for k, v in getattr(x, "__dict__", {}).items() if k not in names} for x in (a, b)]
         return all(same(getattr(a, name), getattr(b, name)) for name in names) and same(rest[0], rest[1])
     return bool(a == b)
+
+
+def _same_members(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    twins = {item: item for item in b}
+    strangers = []
+    for item in a:
+        if item not in twins:  # NaN is not found by hash, neither alone nor inside a tuple
+            strangers.append(item)
+        elif not same(item, twins.pop(item)):
+            return False
+    for item in strangers:
+        twin = next((other for other in twins if same(item, other)), None)
+        if twin is None:
+            return False
+        del twins[twin]
+    return True
 
 
 def _same_zone(a: dt.tzinfo | None, b: dt.tzinfo | None) -> bool:

@@ -433,3 +433,17 @@ def test_codec_loads_neither_duckdb_nor_pyarrow_nor_ray() -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_sets_of_nan_are_the_same_when_every_member_has_its_twin() -> None:
+    nan, other = float("nan"), float("nan")
+    assert same(frozenset({nan, 1, (2, nan)}), frozenset({other, 1, (2, other)}))
+    assert not same({nan, 1}, {other, True})
+    assert not same({nan, 1}, {2, 1})
+    assert not same({nan, (nan,)}, {other, (1,)})
+
+
+def test_a_set_of_nan_comes_back() -> None:
+    value = frozenset({float("nan"), 1.5})
+    _, found = round_trip(value)
+    assert same(value, found)
