@@ -33,6 +33,7 @@ _HOMES: dict[str, str] = {
     "resource": "pyworkflow_ray.execution.resource",
     "classify": "pyworkflow_ray.resilience.taxonomy",
     "CircuitBreaker": "pyworkflow_ray.breaker",
+    "first_success": "pyworkflow_ray.batch",
     **dict.fromkeys(
         (
             "RunHandle",
@@ -84,7 +85,6 @@ _LATER: dict[str, str] = {
     "BatchResult": "gather the steps: asyncio.gather(..., return_exceptions=True)",
     "HealthReport": "",
     "RetryBudget": "limit retries a step with max_retries",
-    "first_success": "try the sources one after another with try/except",
     "health": "",
     "on_breaker_open": "",
     "on_retry": "",
@@ -120,6 +120,7 @@ __all__ = [
     "classify",
     "current_run",
     "current_step",
+    "first_success",
     "get_logger",
     "get_run",
     "init",
@@ -143,6 +144,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from pyworkflow_ray.batch import first_success
     from pyworkflow_ray.breaker import CircuitBreaker
     from pyworkflow_ray.context import current_run, current_step, get_logger, now, random, sleep, uuid4
     from pyworkflow_ray.errors import (

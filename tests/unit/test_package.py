@@ -12,7 +12,6 @@ import pyworkflow_ray as pw
 LATER = [
     "BatchResult",
     "RetryBudget",
-    "first_success",
     "health",
     "on_breaker_open",
     "on_retry",
