@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from pyworkflow_ray.durations import Duration, parse_duration
 from pyworkflow_ray.errors import ConfigurationError
-from pyworkflow_ray.execution.breakers import Circuit, CircuitGuard, Declared, declare, declare_later, held
+from pyworkflow_ray.execution.breakers import Circuit, CircuitGuard, Declared, declare, declare_later, held, kept_apart
 from pyworkflow_ray.resilience.breaker import BreakerSettings, BreakerState
 
 __all__ = ["BreakerState", "CircuitBreaker"]
@@ -205,6 +205,9 @@ class CircuitBreaker:
 
     def _circuit(self) -> Circuit:
         declaration = self._declaration()
+        apart = kept_apart(declaration)
+        if apart is not None:
+            return apart
         ray = sys.modules.get("ray")  # never imported here: a plain script needs no Ray
         if ray is not None and getattr(ray, "is_initialized", bool)():
             from pyworkflow_ray.runtime.breaker_actor import link_for

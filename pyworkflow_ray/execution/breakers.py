@@ -349,6 +349,24 @@ def _name_the_unnamed() -> None:
         _UNNAMED.discard(breaker)
 
 
+# A test environment's breakers: open ones keep the process's own, and the cluster's, out of its runs. Innermost last.
+_APART: list[Callable[[Declared], Circuit]] = []
+
+
+def keep_apart(circuits: Callable[[Declared], Circuit]) -> None:
+    """From now on a breaker of this process is what `circuits` makes of it."""
+    _APART.append(circuits)
+
+
+def end_apart(circuits: Callable[[Declared], Circuit]) -> None:
+    _APART.remove(circuits)
+
+
+def kept_apart(found: Declared) -> Circuit | None:
+    """The breaker as the innermost open test environment has it; None outside one."""
+    return _APART[-1](found) if _APART else None
+
+
 def conflict_error(name: str, conflict: tuple[str, Any, Any], where: str) -> ConfigurationError:
     option, there, here = conflict
     return ConfigurationError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ class Work:
         owns_loop: An async step runs on a loop of ours: what it leaves running is cancelled.
         sleep: Sleeps for a wait between attempts, on a thread that may block.
         waits: False: an async call does not wait between attempts.
+        settle: Awaited after an attempt of sync code on a running loop: virtual time that it has spent passes there.
         loop: Where async steps run whose caller blocks.
         passes_through: What is no Exception (cancellation, KeyboardInterrupt) is raised through the call.
     """
@@ -73,6 +74,7 @@ class Work:
     sleep: Callable[[float], Any] | None = None
     loop: WorkerLoop | None = None
     waits: bool = True
+    settle: Callable[[], Awaitable[None]] | None = None
     passes_through: bool = False
 
     def timed_out(self, attempt: int) -> StepTimeoutError:
@@ -181,7 +183,10 @@ async def drive_async(loop: Loop, work: Work) -> Ended:
 async def _perform_async(command: Command, work: Work, permits: list[Any]) -> Answer:
     if isinstance(command, RunAttempt):
         if not work.is_async:
-            return _run_sync(command, work)
+            answer = _run_sync(command, work)
+            if work.settle is not None:
+                await work.settle()
+            return answer
         return _passing(await _run_async(command, work), work)
     if isinstance(command, AskBreaker):
         assert work.guard is not None

@@ -21,7 +21,7 @@ from typing import Any
 
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.attempts import Ended, Guard, Plan, RunAttempt, attempts
-from pyworkflow_ray.execution.breakers import CircuitGuard, declared
+from pyworkflow_ray.execution.breakers import CircuitGuard, declared, kept_apart
 from pyworkflow_ray.execution.context import StepContext, instant, plain_scope, running_step
 from pyworkflow_ray.execution.definitions import StepDefinition
 from pyworkflow_ray.execution.perform import Work, drive, drive_async
@@ -143,6 +143,9 @@ def guard_of(step: StepDefinition) -> Guard | None:
             f"step {step.name!r} has breaker={breaker!r}, and no CircuitBreaker of that name is declared in this "
             "process: make one, CircuitBreaker(name=...), before the call"
         )
+    apart = kept_apart(found)
+    if apart is not None:
+        return CircuitGuard(apart)
     # the cluster's breaker where one is joined; looked up, never imported: a plain script needs no Ray
     ray = sys.modules.get("ray")
     links = sys.modules.get("pyworkflow_ray.runtime.breaker_actor")

@@ -93,6 +93,20 @@ class Resource(Generic[T]):
             if item.pid == os.getpid():
                 item.close(self._close, self)
 
+    async def close_here(self) -> None:
+        """Close what was made in the running loop, which is about to end."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            made = [item for item in self._made if item.loop is loop and item.pid == os.getpid()]
+            self._made = [item for item in self._made if item not in made]
+        for item in reversed(made):
+            try:
+                result = None if self._close is None else self._close(item.value)
+                if inspect.isawaitable(result):
+                    await result
+            except Exception:
+                log.warning("%r: close raised", self, exc_info=True)
+
     def __repr__(self) -> str:
         return f"<resource {getattr(self._factory, '__qualname__', self._factory)!s}>"
 
@@ -158,6 +172,12 @@ def close_all() -> None:
 
 
 atexit.register(close_all)
+
+
+async def close_here() -> None:
+    """Close what was made in the running loop, the youngest first: the loop is about to end, the process is not."""
+    for resource in reversed(list(_open)):
+        await resource.close_here()
 
 
 def _find(module: str, name: str) -> Any:

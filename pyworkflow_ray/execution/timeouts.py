@@ -53,7 +53,7 @@ class SyncGuard:
         kill_stuck: End the process where the code does not end within the grace. Step workers only.
     """
 
-    __slots__ = ("_frame", "_next_at", "_told", "due_at", "interrupt", "kill_stuck", "reason", "timeout_s")
+    __slots__ = ("_frame", "_next_at", "_told", "due_at", "interrupt", "kill_stuck", "reason", "slept_s", "timeout_s")
 
     def __init__(
         self, timeout_s: float | None = None, interrupt: Interrupt | None = None, *, kill_stuck: bool = False
@@ -63,6 +63,7 @@ class SyncGuard:
         self.kill_stuck = kill_stuck
         self.reason: Reason | None = None  # set once it was told to stop
         self.due_at: float | None = None
+        self.slept_s = 0.0  # virtually: see `elapse`
         self._next_at: float | None = None
         self._told = False  # it was raised into the user's code, which has until `_next_at` to leave
         self._frame: FrameType | None = None
@@ -200,6 +201,30 @@ def _border_below(frame: FrameType | None) -> FrameType | None:
     if nearest is None or nearest is frame or nearest.f_code is not SyncGuard._border.__code__:
         return None
     return nearest
+
+
+def elapse(seconds: float, spend: Callable[[float], None]) -> None:
+    """Virtual time passes in the sync code that calls this: what a test environment's sleep is made of.
+
+    Args:
+        seconds: How long the code sleeps.
+        spend: Told how much of it passes: less where an attempt's timeout comes first, which then stops the code here.
+    """
+    limited = [guard for guard in _guards if guard.timeout_s is not None]
+    lefts = [(guard.timeout_s or 0.0) - guard.slept_s for guard in limited]
+    passes = min([seconds, *(max(0.0, left) for left in lefts)])
+    victim = next((guard for guard, left in zip(limited, lefts, strict=True) if left <= passes), None)
+    with _timer:
+        for guard in limited:
+            guard.slept_s += passes
+            guard.due_at = None if guard.due_at is None else guard.due_at - passes
+            guard._next_at = None if guard._next_at is None else guard._next_at - passes
+        if victim is not None:
+            victim.reason, victim._told, victim._next_at = "timeout", True, time.monotonic() + REPEAT_S
+        _set_timer(time.monotonic())
+    spend(passes)
+    if victim is not None:
+        raise StopUserCode(victim)
 
 
 class KillSwitch:

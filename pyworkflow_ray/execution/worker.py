@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pyworkflow_ray.engine.calls import Codec, Outcome, StepCall
@@ -97,6 +97,7 @@ async def execute_call_async(
     clock: Callable[[], float] = time.time,
     rng: random.Random = RNG,
     sleep: Callable[[float], Any] = time.sleep,
+    settle: Callable[[], Awaitable[None]] | None = None,
     owns_loop: bool = False,
     confirmed: Callable[[], int] | None = None,
 ) -> Outcome:
@@ -108,6 +109,7 @@ async def execute_call_async(
     Args:
         wait_max_s: None: every wait is waited here.
         sleep: What `pw.sleep` does in a sync step.
+        settle: Awaited after each attempt of a sync step, which may have slept in virtual time.
         owns_loop: The loop runs steps only: what a step leaves running is cancelled.
     """
     execution = _Execution(call, step, codec, report, worker, node, clock, rng, sleep)
@@ -116,7 +118,7 @@ async def execute_call_async(
     except Exception as error:
         return execution.broken(error)
     work = execution.work(function, breaker, interrupt)
-    work.owns_loop = owns_loop
+    work.owns_loop, work.settle = owns_loop, settle
     ended = await drive_async(attempts(execution.plan(breaker, interrupt, wait_max_s)), work)
     return execution.outcome(ended, breaker, confirmed)
 

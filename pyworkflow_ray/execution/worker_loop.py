@@ -48,7 +48,7 @@ class WorkerLoop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.loop.set_task_factory(_new_task)
+        self.loop.set_task_factory(new_step_task)
         self.pid = os.getpid()
         self._changed = threading.Condition()
         self._runs = False
@@ -112,7 +112,8 @@ def worker_loop() -> WorkerLoop:
     return _loop
 
 
-def _new_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **kwargs: Any) -> asyncio.Task[Any]:
+def new_step_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **kwargs: Any) -> asyncio.Task[Any]:
+    """Task factory of a loop that runs steps: what an attempt starts is known as its own."""
     context = kwargs.get("context")
     owner = _tasks_of_attempt.get() if context is None else context.get(_tasks_of_attempt)
     task: asyncio.Task[Any] = asyncio.Task(coroutine, loop=loop, **kwargs)

@@ -1,0 +1,89 @@
+"""What is submitted: `run_created` from a workflow and its arguments, and whether two submissions are the same run.
+
+`make_created` is called by the api and the test environment, `difference` by the controller and again the test
+environment. Calls `code` and the codec.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pyworkflow_ray.engine.calls import Codec
+from pyworkflow_ray.engine.events import CodeEnvironment, Payload, RunCreated
+from pyworkflow_ray.execution.breakers import declared_settings
+from pyworkflow_ray.execution.code import describe_workflow
+from pyworkflow_ray.execution.definitions import WorkflowDefinition
+from pyworkflow_ray.ids import new_id, new_run_id, trace_id
+
+
+def make_created(
+    definition: WorkflowDefinition,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    run_id: str | None,
+    attributes: Mapping[str, Any],
+    storage_id: str,
+    environment: CodeEnvironment,
+    codec: Codec,
+    put_blob: Callable[[bytes], str],
+    at: float | None = None,
+    uid: str | None = None,
+) -> RunCreated:
+    """The first event of a new run. Arguments are validated and bound with defaults, so equal calls are equal runs.
+
+    Args:
+        at: UNIX time at which it is created; None: now.
+        uid: What makes the run unique, 32 hexadecimal digits; None: a new one.
+
+    Raises:
+        TypeError, pydantic.ValidationError: the arguments do not fit the workflow.
+        PayloadError, ConfigurationError: an argument can't be stored, or the code can't be sent.
+    """
+    positional, named = definition.bind(args, dict(kwargs))
+    uid = uid or new_id()
+    return RunCreated(
+        seq=0,
+        at=time.time() if at is None else at,
+        run_id=run_id or new_run_id(),
+        run_uid=uid,
+        storage_id=storage_id,
+        workflow=definition.name,
+        version=None if definition.version is None else str(definition.version),
+        code=describe_workflow(definition, put_blob),
+        environment=environment,
+        args=[codec.encode(value) for value in positional],
+        kwargs={name: codec.encode(value) for name, value in named.items()},
+        attributes=dict(attributes),
+        max_duration_s=definition.max_duration_s,
+        max_recoveries=definition.max_recoveries,
+        breakers=declared_settings(),
+        trace_id=trace_id(uid),
+    )
+
+
+def difference(old: RunCreated, new: RunCreated) -> str | None:
+    """Why `new` is not the run `old`, in words; None: it is the same workflow with the same arguments."""
+    if old.workflow != new.workflow:
+        return f"it is a run of workflow {old.workflow!r}, not of {new.workflow!r}"
+    if len(old.args) != len(new.args) or set(old.kwargs) != set(new.kwargs):
+        return "it has other arguments"
+    pairs = [(f"argument {i + 1}", a, b) for i, (a, b) in enumerate(zip(old.args, new.args, strict=True))]
+    pairs += [(f"argument {name!r}", old.kwargs[name], new.kwargs[name]) for name in old.kwargs]
+    for name, one, other in pairs:
+        if not _equal(one, other):
+            exact = (
+                ""
+                if one.digest is not None and other.digest is not None
+                else (". It has no canonical form, so it is equal only when its stored bytes are")
+            )
+            return f"its {name} is another{exact}"
+    return None
+
+
+def _equal(one: Payload, other: Payload) -> bool:
+    if one.digest is not None and other.digest is not None:
+        return (one.enc, one.cls, one.digest) == (other.enc, other.cls, other.digest)
+    return (one.enc, one.data, one.ref) == (other.enc, other.data, other.ref)
