@@ -19,6 +19,7 @@ from typing import Any
 
 from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.engine.events import CodeEnvironment
+from pyworkflow_ray.runtime.line import Address
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.runtime.step_host import host_steps
 from pyworkflow_ray.runtime.typed_ray import as_task
@@ -64,6 +65,7 @@ class Hosts:
         environment: CodeEnvironment,
         *,
         actor: Callable[[], Any],
+        address: Address | None,
         on_death: Callable[[str, BaseException | None], None],
         most: int = 64,
     ) -> None:
@@ -71,6 +73,7 @@ class Hosts:
         self._config = config
         self._environment = environment
         self._actor = actor
+        self._address = address
         self._on_death = on_death
         self._most = most
         self._shapes: dict[str, _Shape] = {}
@@ -205,7 +208,7 @@ class Hosts:
         task = as_task(host_steps, **{**shape.options, "name": f"steps:{host_id}"})
         host = Host(host_id, key, None)
         try:
-            host.ref = task.remote(self._actor(), host_id, self._config, self._environment)
+            host.ref = task.remote(self._actor(), self._address, host_id, self._config, self._environment)
         except Exception as error:  # options that Ray refuses as it reads them
             self._hosts[host_id] = host
             shape.coming += 1

@@ -33,6 +33,7 @@ from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.runtime import faults
 from pyworkflow_ray.runtime.active_run import ActiveRun
 from pyworkflow_ray.runtime.hosts import Host, Hosts
+from pyworkflow_ray.runtime.line import Exchange
 from pyworkflow_ray.runtime.messages import NAMESPACE, ActorSpec, Assignment, Doing, RunReport, controller_name
 from pyworkflow_ray.runtime.process import enter_process
 from pyworkflow_ray.runtime.step_host import run_call
@@ -76,11 +77,13 @@ class RunActor:
         self._inbox: queue.SimpleQueue[tuple[str, BaseException | None] | None] = queue.SimpleQueue()
         self._me: Any = None
         self._controller: Any = None
+        self._exchange = Exchange(self._process.node, step_done=self._step_done, attend=self._attend)
         self._hosts = Hosts(
             self._lock,
             spec.config,
             spec.environment,
             actor=self._handle_of_me,
+            address=self._exchange.address,
             on_death=lambda host_id, error: self._inbox.put((host_id, error)),
         )
         threading.Thread(target=self._watch_loop, name="watch", daemon=True).start()
@@ -185,10 +188,17 @@ class RunActor:
                 self._changed.notify_all()
         return True
 
-    # Called by step hosts ---------------------------------------------------------------------------------------
+    # Called by step hosts, through the line -----------------------------------------------------------------------
 
     @ray.method(concurrency_group="steps")
     def step_done(self, host_id: str, outcome: Outcome | None) -> StepCall | None:
+        return self._step_done(host_id, outcome)
+
+    @ray.method(concurrency_group="control")
+    def attend(self, host_id: str, position: str, dispatch: int, notes: list[StepStarted | AttemptFailed]) -> bool:
+        return self._attend(host_id, position, dispatch, notes)
+
+    def _step_done(self, host_id: str, outcome: Outcome | None) -> StepCall | None:
         """Take the outcome of the host's last call, give it the next one; None: it shall end."""
         with self._lock:
             if outcome is not None:
@@ -197,8 +207,7 @@ class RunActor:
             self._hosts.balance_locked()
             return call
 
-    @ray.method(concurrency_group="control")
-    def attend(self, host_id: str, position: str, dispatch: int, notes: list[StepStarted | AttemptFailed]) -> bool:
+    def _attend(self, host_id: str, position: str, dispatch: int, notes: list[StepStarted | AttemptFailed]) -> bool:
         """Attempts of the call that a host executes. Returns whether it shall stop."""
         with self._lock:
             host = self._hosts.get_locked(host_id)

@@ -1,10 +1,10 @@
 """The step host: one Ray task that pulls step calls of one run actor, executes each, and ends when there are none.
 
-Submitted by `hosts` (in the run actor); calls the run actor back (`step_done`, `attend`), `execution.code` to load the
-step and `execution.worker` to run it on this process's main thread, where a signal can interrupt it.
+Submitted by `hosts` (in the run actor); calls the run actor back through a `line`, `execution.code` to load the step
+and `execution.worker` to run it on this process's main thread, where a signal can interrupt it.
 
 Faults: this process may die at any moment (the run actor sees it by the task's end); the run actor may die (Ray then
-ends this task, and every call to it raises); a step may be stuck where nothing but the end of the process helps.
+ends this task, and the line raises); a step may be stuck where nothing but the end of the process helps.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import ray
-
 from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.events import AttemptFailed, CodeEnvironment, StepStarted
 from pyworkflow_ray.execution.code import load_step
 from pyworkflow_ray.execution.environment import enter_environment
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.worker import execute_call
+from pyworkflow_ray.runtime.line import Address, Line, open_line
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.runtime.process import Process, enter_process
 
@@ -31,25 +30,29 @@ _LOOK_S = 0.25  # between two questions whether the step shall stop
 
 
 def host_steps(
-    actor: Any, host_id: str, config: RuntimeConfig, environment: CodeEnvironment, slice_s: float | None = None
+    actor: Any, address: Address | None, host_id: str, config: RuntimeConfig, environment: CodeEnvironment
 ) -> int:
     """Body of the Ray task. Returns how many calls it executed."""
     enter_environment(environment)
     process = enter_process(config)
     watch = _watch_of_this_process()
+    line = open_line(actor, address, process.node)
     executed = 0
     done: Outcome | None = None
-    while True:
-        call: StepCall | None = ray.get(actor.step_done.remote(host_id, done))
-        if call is None:
-            return executed
-        done = _execute(actor, host_id, call, process, watch)
-        executed += 1
+    try:
+        while True:
+            call = line.next(host_id, done)
+            if call is None:
+                return executed
+            done = _execute(line, host_id, call, process, watch)
+            executed += 1
+    finally:
+        line.close()
 
 
-def _execute(actor: Any, host_id: str, call: StepCall, process: Process, watch: _Watch) -> Outcome:
+def _execute(line: Line, host_id: str, call: StepCall, process: Process, watch: _Watch) -> Outcome:
     interrupt = Interrupt()
-    reporter = watch.begin(actor, host_id, call, interrupt)
+    reporter = watch.begin(line, host_id, call, interrupt)
     try:
         return run_call(call, process, report=reporter, interrupt=interrupt)
     finally:
@@ -99,7 +102,7 @@ class _Watch:
     def __init__(self) -> None:
         self._wake = threading.Condition()
         self._call: StepCall | None = None
-        self._actor: Any = None
+        self._line: Line | None = None
         self._host_id = ""
         self._interrupt: Interrupt | None = None
         self._notes: list[StepStarted | AttemptFailed] = []
@@ -108,10 +111,10 @@ class _Watch:
         self._thread.start()
 
     def begin(
-        self, actor: Any, host_id: str, call: StepCall, interrupt: Interrupt
+        self, line: Line, host_id: str, call: StepCall, interrupt: Interrupt
     ) -> Callable[[StepStarted | AttemptFailed], None]:
         with self._wake:
-            self._call, self._actor, self._host_id, self._interrupt = call, actor, host_id, interrupt
+            self._call, self._line, self._host_id, self._interrupt = call, line, host_id, interrupt
             self._notes = []
             self._next_look = time.monotonic() + _FIRST_LOOK_S
             self._wake.notify()
@@ -120,7 +123,7 @@ class _Watch:
         def report(event: StepStarted | AttemptFailed) -> None:
             if at_once or isinstance(event, AttemptFailed):
                 # not waited for: what gets lost with this process is recorded as unknown
-                actor.attend.remote(host_id, call.position, call.dispatch, [event])
+                line.note(host_id, call.position, call.dispatch, [event])
                 return
             with self._wake:
                 if self._call is call:
@@ -130,7 +133,7 @@ class _Watch:
 
     def end(self) -> None:
         with self._wake:
-            self._call = self._actor = self._interrupt = None
+            self._call = self._line = self._interrupt = None
             self._notes = []
 
     def _loop(self) -> None:
@@ -142,13 +145,13 @@ class _Watch:
                 if wait > 0:
                     self._wake.wait(wait)
                     continue
-                call, actor, interrupt = self._call, self._actor, self._interrupt
+                call, line, interrupt = self._call, self._line, self._interrupt
                 notes, self._notes = self._notes, []
                 self._next_look = time.monotonic() + _LOOK_S
-            if call is None or interrupt is None:
+            if call is None or line is None or interrupt is None:
                 continue
             try:
-                stop = ray.get(actor.attend.remote(self._host_id, call.position, call.dispatch, notes), timeout=10.0)
+                stop = line.attend(self._host_id, call.position, call.dispatch, notes)
             except Exception:  # the run actor is gone: nobody wants the outcome, and Ray ends this process soon
                 stop = True
             if stop:
