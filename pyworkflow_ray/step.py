@@ -62,9 +62,13 @@ class Step(Generic[P, R]):
     async def _call_durably(self, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         # The arguments are checked when the call is awaited, so that a wrong one in `gather(a(1), b("x"))` neither
         # leaves the calls before it unawaited nor is raised outside the task it belongs to.
+        return cast(R, await engine.call_step(self.request(args, kwargs)))
+
+    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepRequest:
+        """What a workflow asks the engine for: the step with these arguments, validated."""
         definition = self.definition
         given, named = definition.validate(args, kwargs)
-        request = StepRequest(
+        return StepRequest(
             step=definition.name,
             code=describe_step(definition),
             args=given,
@@ -74,7 +78,6 @@ class Step(Generic[P, R]):
             ray_options=dict(definition.ray_options),
             breaker=definition.breaker_name,
         )
-        return cast(R, await engine.call_step(request))
 
     def options(self, **options: Any) -> Step[P, R]:
         """A copy with these options changed, all options of `@step` among them; the original stays as it is.

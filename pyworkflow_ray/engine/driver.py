@@ -23,6 +23,7 @@ from pyworkflow_ray.engine.commands import Append, CancelDispatch, Dispatch, Eff
 from pyworkflow_ray.engine.events import (
     TERMINAL,
     AttemptFailed,
+    BodyAbandoned,
     Event,
     RunActivated,
     RunCancelled,
@@ -362,7 +363,7 @@ class Driver:
             retries_used=step.retries_used,
             previous=list(step.previous),
             not_before=step.retry_at,
-            deadline=self._deadline(),
+            deadline=None if event.compensates else self._deadline(),
             trace_id=created.trace_id,
         )
         self._gate(Dispatch(call))
@@ -477,7 +478,15 @@ class Driver:
         self._deliver(RunCancelRequested(at=now, cause=cause, reason=reason), now)
 
     def _end_by_force(self, now: float) -> None:
-        """The body did not end within its grace: it ends here, and what it still runs is cancelled."""
+        """The body did not end within its grace: it ends here, and what it still runs is cancelled.
+
+        Its compensations are not bound to the grace: they go on, or begin now.
+        """
+        if self._machine is not None and (self._machine.saga.running or self._machine.saga):
+            self._cancel_deadline = None
+            if not self._machine.saga.running:
+                self._deliver(BodyAbandoned(at=now), now)
+            return
         cancel = self._history.cancel
         open_steps = [p for p, s in self._history.steps.items() if s.ended is None]
         events: list[Event] = [StepCancelled(position=p, forced=True) for p in open_steps]

@@ -6,7 +6,8 @@ counter: "3" is the third command of the workflow's main task, "t2.1" the first 
 
 Three sorts, which replay tells apart:
 
-* *inputs*, delivered to the body in recorded order: StepCompleted, StepFailed, TimerFired, RunCancelRequested;
+* *inputs*, delivered to the body in recorded order: StepCompleted, StepFailed, TimerFired, RunCancelRequested,
+  BodyAbandoned;
 * *commands*, which the body gave and must give again: StepScheduled, StepCancelled, TimerStarted, TimerCancelled, and
   the body's end (RunCompleted, RunFailed, RunCancelled);
 * *notes*, which the body never sees: all others.
@@ -169,6 +170,15 @@ class RunCancelRequested(Event):
 
 
 class RunParked(Event):
+class BodyAbandoned(Event):
+    """Input: a cancelled body did not end within its grace. It does nothing any more, and its compensations begin.
+
+    Recorded only where there are compensations: without them the run ends at once.
+    """
+
+    type: Literal["body_abandoned"] = "body_abandoned"
+
+
     """Note: the run waits by itself and holds no actor until `due_at`."""
 
     type: Literal["run_parked"] = "run_parked"
@@ -211,6 +221,7 @@ class StepScheduled(Event):
 
     number: 1 for the first step that the run scheduled, and so on; for people.
     """
+    compensates: it undoes what the run did, for the run ends as failed or cancelled (`engine.saga`).
 
     type: Literal["step_scheduled"] = "step_scheduled"
     position: str
@@ -224,6 +235,7 @@ class StepScheduled(Event):
     ray_options: dict[str, Any] = Field(default_factory=dict)
     breaker: str | None = None
 
+    compensates: bool = False
 
 class StepStarted(Event):
     """Note: a worker began an attempt (time queued for a worker lies before it). Not waited for."""
@@ -378,6 +390,7 @@ AnyEvent = Annotated[
         RunActivated,
         RunCancelRequested,
         RunParked,
+        BodyAbandoned,
         RunPaused,
         RunCompleted,
         RunFailed,
@@ -400,6 +413,6 @@ AnyEvent = Annotated[
 
 event_adapter: TypeAdapter[Event] = TypeAdapter(AnyEvent)
 
-INPUTS = (StepCompleted, StepFailed, TimerFired, RunCancelRequested)
+INPUTS = (StepCompleted, StepFailed, TimerFired, RunCancelRequested, BodyAbandoned)
 COMMANDS = (StepScheduled, StepCancelled, TimerStarted, TimerCancelled, RunCompleted, RunFailed, RunCancelled)
 TERMINAL = (RunCompleted, RunFailed, RunCancelled)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, NoReturn
 
 from pyworkflow_ray.engine.calls import Codec, StepRequest
-from pyworkflow_ray.engine.events import Event, StepCancelled, StepScheduled, TimerCancelled, TimerStarted
+from pyworkflow_ray.engine.events import Event, Payload, StepCancelled, StepScheduled, TimerCancelled, TimerStarted
 from pyworkflow_ray.errors import ConfigurationError, PyWorkflowError
 
 _MAX_DELAY_S = 100 * 365 * 86400.0
@@ -83,6 +83,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         self.timers: dict[str, _Timer] = {}
         self.step_count = 0
         self.run_data: Any = None  # what `current_run()` shows; set by the machine
+        self.saga: Any = None  # the run's compensations; set by the machine
         self._emit = emit
         self._ready: deque[asyncio.Handle] = deque()
         self._created = 0
@@ -113,6 +114,14 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             return await self.create_future()
         args = [self.codec.encode(value) for value in request.args]
         kwargs = {name: self.codec.encode(value) for name, value in request.kwargs.items()}
+        return await self.schedule_step(request, args, kwargs)
+
+    async def schedule_step(
+        self, request: StepRequest, args: list[Payload], kwargs: dict[str, Payload], *, compensates: bool = False
+    ) -> Any:
+        """As `call_step`, of arguments that are encoded already."""
+        if self.evicted:
+            return await self.create_future()
         position = self._next_position()
         self.step_count += 1
         future = self.create_future()
@@ -130,6 +139,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                 executor=request.executor,
                 ray_options=request.ray_options,
                 breaker=request.breaker,
+                compensates=compensates,
             )
         )
         try:
@@ -163,6 +173,16 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             sys.set_asyncgen_hooks(*hooks)
             _enter_task(outer, outer_task)
 
+    def freeze(self) -> None:
+        """Stop everything but the task that calls: its steps and timers are cancelled, and no other task goes on."""
+        for position in list(self.steps):
+            del self.steps[position]
+            self._emit(StepCancelled(at=self.now_s, position=position))
+        for position in list(self.timers):
+            del self.timers[position]
+            self._emit(TimerCancelled(at=self.now_s, position=position))
+        self._ready.clear()
+
     def fire(self, position: str) -> None:
         """Make the callback of a timer ready."""
         self._ready.append(self.timers.pop(position))
@@ -181,14 +201,19 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                         coroutine.close()
                     except BaseException:  # a body may raise whatever it likes while it is dropped
                         pass
-                    if getattr(coroutine, "cr_frame", None) is not None:
-                        # It refused to end (a bare `except` in a loop). The collector would try again, outside of this
-                        # loop, where its steps are plain calls: it is never collected.
-                        ctypes.pythonapi.Py_IncRef(ctypes.py_object(coroutine))
+                    self.keep_unended(coroutine)
         finally:
             asyncio._set_running_loop(outer)
         self._ready.clear()
         self._tasks.clear()
+
+    def keep_unended(self, coroutine: Any) -> None:
+        """Never collect a coroutine that refused to end (a bare `except` in a loop).
+
+        The collector would try again, outside of this loop, where its steps are plain calls.
+        """
+        if getattr(coroutine, "cr_frame", None) is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(coroutine))
 
     # The part of asyncio's interface that a body needs -------------------------------------------------------
 

@@ -18,6 +18,7 @@ from typing import Any
 from pyworkflow_ray.engine.calls import Codec
 from pyworkflow_ray.engine.events import (
     COMMANDS,
+    BodyAbandoned,
     Event,
     Payload,
     RunCancelled,
@@ -34,8 +35,9 @@ from pyworkflow_ray.engine.events import (
 )
 from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.engine.loop import WorkflowLoop
+from pyworkflow_ray.engine.saga import Saga
 from pyworkflow_ray.errors import NonDeterminismError, RunCancelledError, StepTimeoutError
-from pyworkflow_ray.resilience.taxonomy import classify
+from pyworkflow_ray.resilience.taxonomy import Kind, classify
 
 Flow = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -67,6 +69,7 @@ class Machine:
             created.run_uid, codec, self._emitted.append
         )
         self.loop.run_data = RunData(created)
+        self.saga = self.loop.saga = Saga(self.loop, created.run_id, lambda: self._cancel is not None)
         self._root: asyncio.Task[Any] | None = None
         self._cancel: RunCancelRequested | None = None
         self._blame: list[tuple[BaseException, str]] = []  # exceptions of steps, with their position
@@ -83,7 +86,7 @@ class Machine:
         loop.now_s = started_at
         args = [self._codec.decode(payload) for payload in self._created.args]
         kwargs = {name: self._codec.decode(payload) for name, payload in self._created.kwargs.items()}
-        self._root = loop.create_task(self._flow(*args, **kwargs))
+        self._root = loop.create_task(self.saga.guard(self._flow(*args, **kwargs)))
         self._spin()
         given = 0
         for event in script:
@@ -141,9 +144,12 @@ class Machine:
                     raise self._mismatch(event, None)
                 loop.fire(event.position)
             case RunCancelRequested():
-                self._cancel = event
-                if self._root is not None:
-                    self._root.cancel(event.reason)
+                if not self.saga.running:  # compensations are not interrupted: the run ends as it would have
+                    self._cancel = event
+                    if self._root is not None:
+                        self._root.cancel(event.reason)
+            case BodyAbandoned():
+                self._root = loop.create_task(self.saga.compensate())
             case _:
                 raise AssertionError(f"{event.type} is no input")
         self._spin()
@@ -174,10 +180,13 @@ class Machine:
         cancel = self._cancel
         if cancel is not None and cancel.cause == "max_duration":
             late = StepTimeoutError(cancel.reason or "the run reached its max_duration")
+            self.saga.note(late)
             return RunFailed(at=self.loop.now_s, error=self._codec.encode_error(late, "timeout"))
         if cancel is not None:
             beside = error if error is not None and not isinstance(error, asyncio.CancelledError) else None
-            info = None if beside is None else self._codec.encode_error(beside, classify(beside))
+            if beside is None and self.saga.failures:
+                beside = ExceptionGroup("compensations failed", [error for _, error in self.saga.failures])
+            info = None if beside is None else self._codec.encode_error(beside, self._kind(beside))
             return RunCancelled(at=self.loop.now_s, reason=cancel.reason, error=info)
         if isinstance(error, asyncio.CancelledError):
             return RunCancelled(at=self.loop.now_s, reason="the workflow cancelled itself")
@@ -261,6 +270,8 @@ def _words(event: Event) -> str:
         case _:
             return event.type.replace("_", " ")
 
+        case BodyAbandoned():
+            return "the end of a cancelled workflow's grace"
 
 def as_cancelled(reason: str | None, run_id: str) -> RunCancelledError:
     """What `result()` of a cancelled run raises."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyworkflow_ray.engine.calls import PreviousFailure, StepCall
+from pyworkflow_ray.engine.loop import current_workflow
 from pyworkflow_ray.ids import idempotency_key, new_id
 
 
@@ -96,12 +97,34 @@ class RunContext:
     trace_id: str = ""
 
     def on_failure(self, step: Any, *args: Any, **kwargs: Any) -> None:
-        """Not available in this version."""
+        """Have `step(*args, **kwargs)` undo what the workflow does next or has just done, should the run not complete.
+
+            receipt = await charge(order)
+            pw.current_run().on_failure(refund, receipt)
+
+        When the run fails or is cancelled, what was registered runs in reverse order, one after another, as ordinary
+        steps of the run: durable, with their own retries and timeouts, over crashes as well. Nothing interrupts them:
+        no cancel, no grace, no `max_duration`. Whatever else the run still executes is cancelled before they begin. One
+        that fails for good is reported (log, a note at the run's error, its own row) and the next one runs. A run that
+        completes runs none of them. A failed run whose compensations ran can't be resumed, for its steps were undone:
+        `pw.rerun` begins anew.
+
+        Call it in the workflow's body. The arguments are taken as they are now.
+
+        Raises:
+            TypeError, pydantic.ValidationError: the arguments do not fit the step.
+            ConfigurationError: `step` is none, or no workflow's body is running here.
+        """
         from pyworkflow_ray.errors import ConfigurationError
 
-        raise ConfigurationError(
-            "current_run().on_failure is not available in this version; meanwhile use try/except round the steps"
-        )
+        workflow = current_workflow()
+        if workflow is None:
+            raise ConfigurationError("on_failure() is for a workflow's body: register the compensation there")
+        if not hasattr(step, "definition") or not hasattr(step, "request"):
+            raise ConfigurationError(
+                f"on_failure({step!r}): give a step and its arguments, not called: on_failure(refund, receipt)"
+            )
+        workflow.saga.register(step.request(args, kwargs))
 
 
 _step: contextvars.ContextVar[StepContext | None] = contextvars.ContextVar("pyworkflow_ray_step", default=None)

@@ -123,6 +123,10 @@ def _failed(story: Story) -> Words:
     words.next = f"nothing by itself; pyworkflow-ray runs resume {run} goes on from the failed step"
     if track is None:
         words.next = f"nothing by itself; correct the code, then pyworkflow-ray runs resume {run}"
+    if any(step.scheduled.compensates for step in story.steps.values()):
+        words.next = f"nothing by itself: what it did is undone; pyworkflow-ray runs rerun {run} begins anew"
+        words.commands.append(f"runs rerun {run}")
+        return words
     words.commands.append(f"runs resume {run}")
     return words
 

@@ -157,7 +157,7 @@ class Track:
 
     @property
     def name(self) -> str:
-        return short_name(self.scheduled.step)
+        return short_name(self.scheduled.step) + (" (compensation)" if self.scheduled.compensates else "")
 
     @property
     def open(self) -> bool:

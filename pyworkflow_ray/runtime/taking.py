@@ -8,7 +8,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from pyworkflow_ray.engine.events import Event, RunActivated, RunCreated, RunFailed, RunParked, RunPaused
+from pyworkflow_ray.engine.events import (
+    Event,
+    RunActivated,
+    RunCreated,
+    RunFailed,
+    RunParked,
+    RunPaused,
+    StepScheduled,
+)
 from pyworkflow_ray.engine.history import failed_positions
 from pyworkflow_ray.errors import ConfigurationError, FencedError, RunError, StorageError
 from pyworkflow_ray.runtime.active_run import ActiveRun
@@ -120,6 +128,12 @@ def resume(controller: Dispatcher, run_id: str) -> str:
     ended = next((e for e in reversed(history.events) if isinstance(e, RunFailed)), None)
     if ended is None or history.events[-1] is not ended:
         return "nothing"
+    if any(isinstance(event, StepScheduled) and event.compensates for event in history.events):
+        raise RunError(
+            f"run {run_id!r} failed and its compensations have run: what its steps did is undone, so it can't go on "
+            f"from there. Start it anew: pyworkflow-ray runs rerun {run_id}",
+            run_id=run_id,
+        )
     resets = failed_positions(history.events)
     if not resets:
         raise RunError(

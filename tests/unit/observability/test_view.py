@@ -326,3 +326,16 @@ def test_history_without_its_beginning_is_refused() -> None:
 
 def test_same_input_gives_the_same_view(retrying: Any) -> None:
     assert at(retrying, 425) == at(retrying, 425)
+
+
+def test_failed_run_that_was_undone_names_rerun_and_marks_its_compensations(history: Make, make_error: Make) -> None:
+    run = history().activated(0).scheduled(1, "shop:charge")
+    run.add(2, ev.StepFailed(position="1", dispatch=1, attempt=1, error=make_error(), why="permanent"))
+    code = ev.CodeRef(how="import", name="refund")
+    run.add(2, ev.StepScheduled(position="2", number=2, step="shop:refund", code=code, compensates=True))
+    run.add(3, ev.RunFailed(error=make_error(), position="1"))
+    view = explain(run.events, START + 9)
+    assert [step.name for step in view.steps] == ["charge", "refund (compensation)"]
+    assert view.next == "nothing by itself: what it did is undone; pyworkflow-ray runs rerun order-42 begins anew"
+    assert "runs rerun order-42" in view.commands
+    assert "runs resume order-42" not in view.commands

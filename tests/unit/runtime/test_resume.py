@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyworkflow_ray.engine.events import RunPaused
+import pytest
+
+from pyworkflow_ray.engine.events import CodeRef, ErrorInfo, RunFailed, RunPaused, StepScheduled
+from pyworkflow_ray.errors import RunError
 from pyworkflow_ray.runtime import taking
 from pyworkflow_ray.runtime.messages import RunReport
 from tests.journals import created
@@ -46,3 +49,18 @@ def test_a_run_that_goes_on_is_left_alone_at_once(tmp_path: Path) -> None:
     owner.dispatcher.changed.wait_for = never  # type: ignore[method-assign]
     assert taking.resume(owner.dispatcher, "order-42") == "nothing"
     assert not owner.pool.queue
+
+
+def test_a_failed_run_that_was_undone_is_not_resumed(tmp_path: Path) -> None:
+    owner = Owner(tmp_path)
+    storage = owner.dispatcher.storage
+    storage.create_run(created("order-42", storage.storage_id))
+    journal, _ = storage.activate("order-42", "", first=True)
+    code = CodeRef(how="import", name="refund")
+    undo = StepScheduled(seq=1, position="2", number=2, step="refund", code=code, compensates=True)
+    failed = RunFailed(seq=2, position="1", error=ErrorInfo(kind="permanent", type="ValueError"))
+    journal.append([undo, failed]).result()
+    journal.finish()
+    owner.dispatcher.runs.clear()
+    with pytest.raises(RunError, match=r"its compensations have run.*runs rerun order-42"):
+        taking.resume(owner.dispatcher, "order-42")
