@@ -32,6 +32,7 @@ _HOMES: dict[str, str] = {
     "Workflow": "pyworkflow_ray.workflow",
     "resource": "pyworkflow_ray.execution.resource",
     "classify": "pyworkflow_ray.resilience.taxonomy",
+    "register_kind": "pyworkflow_ray.resilience.taxonomy",
     "CircuitBreaker": "pyworkflow_ray.breaker",
     "first_success": "pyworkflow_ray.batch",
     **dict.fromkeys(
@@ -90,7 +91,6 @@ _LATER: dict[str, str] = {
     "on_retry": "",
     "on_run_failed": "",
     "pause": "",
-    "register_kind": "name the types in a step's retry_on and no_retry_on",
     "rerun": "start a new run",
 }
 
@@ -128,6 +128,7 @@ __all__ = [
     "now",
     "random",
     "recover",
+    "register_kind",
     "resource",
     "resume",
     "run",
@@ -166,7 +167,7 @@ if TYPE_CHECKING:
         StorageError,
     )
     from pyworkflow_ray.execution.resource import resource
-    from pyworkflow_ray.resilience.taxonomy import classify
+    from pyworkflow_ray.resilience.taxonomy import classify, register_kind
     from pyworkflow_ray.runs import (
         RunHandle,
         RunStatus,

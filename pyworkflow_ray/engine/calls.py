@@ -58,6 +58,7 @@ class StepCall:
     not_before: float | None = None
     deadline: float | None = None
     trace_id: str = ""
+    kinds: dict[str, Kind] = field(default_factory=dict)  # of exception types that the run's starter registered
 
 
 @dataclass(slots=True)

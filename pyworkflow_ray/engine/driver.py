@@ -365,6 +365,7 @@ class Driver:
             not_before=step.retry_at,
             deadline=None if event.compensates else self._deadline(),
             trace_id=created.trace_id,
+            kinds=created.kinds,
         )
         self._gate(Dispatch(call))
 

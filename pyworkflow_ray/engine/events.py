@@ -141,6 +141,7 @@ class RunCreated(Event):
     max_recoveries: int = 20
     trace_id: str = ""
     breakers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    kinds: dict[str, Kind] = Field(default_factory=dict)  # registered exception types, by "module:qualname"
 
 
 class RunActivated(Event):

@@ -196,7 +196,11 @@ class Machine:
             except Exception as failure:  # the result can't be stored: the run fails with the reason
                 error = failure
         position = next((p for e, p in reversed(self._blame) if e is error), None)
-        return RunFailed(at=self.loop.now_s, error=self._codec.encode_error(error, classify(error)), position=position)
+        info = self._codec.encode_error(error, self._kind(error))
+        return RunFailed(at=self.loop.now_s, error=info, position=position)
+
+    def _kind(self, error: BaseException) -> Kind:
+        return classify(error, self._created.kinds or None)
 
     def _mismatch(self, recorded: Event, attempted: Event | None) -> NonDeterminismError:
         position = getattr(recorded, "position", None) or getattr(attempted, "position", None) or "the end"

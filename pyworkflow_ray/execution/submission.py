@@ -16,6 +16,7 @@ from pyworkflow_ray.execution.breakers import declared_settings
 from pyworkflow_ray.execution.code import describe_workflow
 from pyworkflow_ray.execution.definitions import WorkflowDefinition
 from pyworkflow_ray.ids import new_id, new_run_id, trace_id
+from pyworkflow_ray.resilience.taxonomy import registered_kinds
 
 
 def make_created(
@@ -60,6 +61,7 @@ def make_created(
         max_duration_s=definition.max_duration_s,
         max_recoveries=definition.max_recoveries,
         breakers=declared_settings(),
+        kinds=registered_kinds(),
         trace_id=trace_id(uid),
     )
 

@@ -29,7 +29,7 @@ from pyworkflow_ray.execution.definitions import StepDefinition
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.perform import Work, drive, drive_async
 from pyworkflow_ray.execution.worker_loop import WorkerLoop, worker_loop
-from pyworkflow_ray.resilience.taxonomy import classify
+from pyworkflow_ray.resilience.taxonomy import adopt_kinds, classify
 
 MAX_RECORDS = 1_000  # of one dispatch; they have been streamed one by one, the outcome repeats them
 
@@ -147,6 +147,7 @@ class _Execution:
         self.clock = clock
         self.rng = rng
         self.sleep = sleep
+        adopt_kinds(call.kinds)
         self.scope = scope_of(call)
         self.key = self.scope.key
         self.records: list[AttemptFailed] = []

@@ -4,7 +4,9 @@ Called by the attempt loop, by breakers and by users (`pw.classify`); calls noth
 
 * the table is data; a class is judged by its nearest entries: an entry for a base is shadowed by one for a subclass;
 * of the entries that are left, permanent wins, then cascade, timeout, transient; no entry at all is transient;
-* a type that a user registered wins over what is said of its bases, and over the HTTP status;
+* a type that a user registered wins over what is said of its bases, and over the HTTP status. Registrations are kept
+  by the class's name, so that they hold for the same class made again (a notebook's cell, a pickle by value) and travel
+  to other processes with each run and step call, which win over what the process itself has registered;
 * an error of an HTTP client is judged by its response's status (read by duck typing: no client library is imported);
 * an exception group is permanent if any member is; a chain of exceptions is judged by its outermost one;
 * what is no `Exception` (cancellation, KeyboardInterrupt, SystemExit) is permanent here: never retried; nor counted,
@@ -72,25 +74,30 @@ RETRIED: Mapping[Kind, bool] = MappingProxyType(
 _TRANSIENT_STATUS = frozenset({408, 425, 429})
 _BY_CLASS: dict[type[BaseException], Kind] = {cls: kind for kind in TAXONOMY for cls in TAXONOMY[kind]}
 _STRENGTH: tuple[Kind, ...] = ("permanent", "cascade", "timeout", "transient")
-_NOTHING: Mapping[type[BaseException], Kind] = MappingProxyType({})
+Registered = Mapping[type[BaseException], Kind] | Mapping[str, Kind]
+_own_kinds: dict[str, Kind] = {}  # registered by code of this process
+_adopted: dict[str, Kind] = {}  # of the run that this process works for
+_in_force: dict[str, Kind] = {}
 _DECIMAL = re.compile(r"\d{1,12}(?:\.\d{1,9})?")
 _MAX_RETRY_AFTER_S = 100 * 365 * 86400.0  # beyond a century an instant no longer fits a datetime
 
 
-def classify(exc: BaseException, registered: Mapping[type[BaseException], Kind] = _NOTHING) -> Kind:
+def classify(exc: BaseException, registered: Registered | None = None) -> Kind:
     """The kind of `exc`: "transient", "permanent", "cascade" or "timeout".
 
     HTTP status of httpx, requests, aiohttp and urllib errors: 408, 425, 429 and 5xx are transient, other 4xx permanent.
 
     Args:
         exc: Any exception; only itself and, of a group, its members are looked at, not what caused it.
-        registered: Kinds of a user's own types.
+        registered: Kinds of a user's own types, by class or "module:qualname"; None: those in force in this process.
     """
     cls = type(exc)
+    registered = _in_force if registered is None else registered
     if registered:
-        found = _nearest(cls, {**_BY_CLASS, **registered})
-        if found & registered.keys():
-            return _strongest({registered.get(base) or _BY_CLASS[base] for base in found})
+        own = _registered_bases(cls, registered)
+        found = _nearest(cls, {**_BY_CLASS, **own}) if own else set()
+        if found & own.keys():
+            return _strongest({own.get(base) or _BY_CLASS[base] for base in found})
     if not isinstance(exc, Exception):
         return "permanent"
     by_class = _entries(cls)
@@ -102,6 +109,38 @@ def classify(exc: BaseException, registered: Mapping[type[BaseException], Kind] 
         if by_status is not None:
             return by_status
     return _strongest(by_class)
+
+
+def register_kind(exc_type: type[BaseException], kind: Kind) -> None:
+    """Decide the kind of an exception type and of its subclasses, here and in every run started from this process.
+
+    It holds for retries, breakers and log levels alike. A registered type wins over what is said of its bases and over
+    an HTTP status; the same type registered again takes the new kind. A "cascade" type of yours is not retried, and
+    counts for a breaker. Call it where the workflow is defined, before the run is started.
+
+    Args:
+        exc_type: The class itself.
+        kind: "transient", "permanent", "cascade" or "timeout".
+
+    Raises:
+        ConfigurationError: `exc_type` is no exception type, or `kind` none of the four.
+    """
+    with_kind({}, exc_type, kind)
+    _own_kinds[_name_of(exc_type)] = kind
+    _refresh()
+
+
+def registered_kinds() -> dict[str, Kind]:
+    """What this process has registered, by "module:qualname": what a run takes along."""
+    return dict(_own_kinds)
+
+
+def adopt_kinds(kinds: Mapping[str, Kind]) -> None:
+    """Let the registrations of a run hold in this process, in place of those of the run before."""
+    if kinds != _adopted:
+        _adopted.clear()
+        _adopted.update(kinds)
+        _refresh()
 
 
 def with_kind(
@@ -164,6 +203,26 @@ def server_retry_after(exc: BaseException, now: float) -> float | None:
 # Inside -----------------------------------------------------------------------------------------------------------
 
 
+def _refresh() -> None:
+    global _in_force
+    _in_force = {**_own_kinds, **_adopted}
+
+
+def _name_of(cls: type[BaseException]) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _registered_bases(cls: type[BaseException], registered: Registered) -> dict[type[BaseException], Kind]:
+    """The registered ones among `cls` and its bases."""
+    table: Mapping[Any, Kind] = registered
+    found: dict[type[BaseException], Kind] = {}
+    for base in cls.__mro__:
+        kind = table.get(base) or table.get(_name_of(base))
+        if kind is not None:
+            found[base] = kind
+    return found
+
+
 def _entries(cls: type[BaseException]) -> set[Kind]:
     kinds = {_BY_CLASS[base] for base in _nearest(cls, _BY_CLASS)}
     for base in cls.__mro__:
@@ -185,7 +244,7 @@ def _strongest(kinds: set[Kind]) -> Kind:
     return next((kind for kind in _STRENGTH if kind in kinds), "transient")
 
 
-def _kind_of_group(group: BaseException, registered: Mapping[type[BaseException], Kind]) -> Kind:
+def _kind_of_group(group: BaseException, registered: Registered) -> Kind:
     kinds = {classify(member, registered) for member in members(group)}
     if "permanent" in kinds:
         return "permanent"

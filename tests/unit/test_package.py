@@ -18,7 +18,7 @@ LATER = [
     "on_run_failed",
     "pause",
 ]
-LATER += ["register_kind", "rerun"]
+LATER += ["rerun"]
 
 
 def python(source: str) -> str:
