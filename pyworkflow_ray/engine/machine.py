@@ -271,11 +271,11 @@ def _words(event: Event) -> str:
             return f"the failure of the workflow ({event.error.type})"
         case RunCancelled() | RunCancelRequested():
             return "a cancellation of the run"
+        case BodyAbandoned():
+            return "the end of a cancelled workflow's grace"
         case _:
             return event.type.replace("_", " ")
 
-        case BodyAbandoned():
-            return "the end of a cancelled workflow's grace"
 
 def as_cancelled(reason: str | None, run_id: str) -> RunCancelledError:
     """What `result()` of a cancelled run raises."""
