@@ -151,7 +151,7 @@ def step(
     *,
     name: str | None = None,
     max_retries: int | None = 0,
-    retry_delay: Duration = 1,
+    retry_delay: Duration | Sequence[Duration] | Callable[[int, Any], Duration] = 1,
     retry_backoff: float = 1,
     max_retry_delay: Duration | None = None,
     jitter: Jitter = "auto",
@@ -185,11 +185,13 @@ def step(fn: Any = None, /, **options: Any) -> Any:
     Args:
         name: Name in runs and logs; None: `module:qualname`. A name given by two modules is refused.
         max_retries: Retries after the first attempt, ≥ 0 (default 0); 5 means up to 6 attempts, None for ever.
-        retry_delay: Wait before the first retry, ≥ 0 (default 1 s): seconds, timedelta, or text such as "30s".
+        retry_delay: Wait before the first retry, ≥ 0 (default 1 s): seconds, timedelta, or text such as "30s". Or a
+            list of delays, one a retry, of which the last repeats. Or a callable `(attempt, error) -> delay`, asked
+            after each failed attempt (1 is the first) in the process that made it.
         retry_backoff: Factor for each further retry, ≥ 1 (default 1: a fixed delay).
         max_retry_delay: Cap on one delay; None: an hour where `retry_backoff` > 1.
-        jitter: "auto" (none where the delay is fixed, else ±12.5 %), "none", "proportional", "full", "equal",
-            "decorrelated".
+        jitter: "auto" (none where the delay is fixed, a list or a callable, else ±12.5 %), "none", "proportional",
+            "full", "equal", "decorrelated"; formulas: `pyworkflow_ray.resilience.retry.retry_delay`.
         retry_on: Exception types, or a predicate of the exception, that decide what is retried; None: the taxonomy of
             `pw.classify`.
         no_retry_on: Exception types, or a predicate, that are never retried; wins over `retry_on`.

@@ -25,7 +25,7 @@ from pyworkflow_ray.engine.calls import PreviousFailure
 from pyworkflow_ray.errors import CircuitOpenError, StepLostError
 from pyworkflow_ray.resilience.breaker import error_text
 from pyworkflow_ray.resilience.policy import RetryPolicy
-from pyworkflow_ray.resilience.retry import ErrorFilter, Retry, Stop, decide
+from pyworkflow_ray.resilience.retry import DelayOf, ErrorFilter, Retry, Stop, decide
 from pyworkflow_ray.resilience.taxonomy import Kind, classify, log_level
 
 log = logging.getLogger("pyworkflow_ray.step")
@@ -169,6 +169,7 @@ class Plan:
     rng: Random
     retry_on: ErrorFilter | None = None
     no_retry_on: ErrorFilter = ()
+    delay_of: DelayOf | None = None
     guarded: bool = False
     first_attempt: int = 1
     retries_used: int = 0
@@ -245,6 +246,7 @@ def attempts(plan: Plan) -> Generator[Command, Answer, Ended]:
                 retries_used=retries_used,
                 retry_on=plan.retry_on,
                 no_retry_on=plan.no_retry_on,
+                delay_of=plan.delay_of,
                 previous_s=history.last_delay_s,
                 deadline=plan.deadline,
                 refused=isinstance(answer, Refused),

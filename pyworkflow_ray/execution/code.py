@@ -157,7 +157,9 @@ def _code_base(definition: Any) -> Any:
     while definition.base is not None:
         base = definition.base
         if isinstance(definition, StepDefinition) and (
-            definition.retry_on != base.retry_on or definition.no_retry_on != base.no_retry_on
+            definition.retry_on != base.retry_on
+            or definition.no_retry_on != base.no_retry_on
+            or definition.delay_of != base.delay_of
         ):
             break
         if reference(definition) is not None or definition.snapshot is not None:

@@ -35,7 +35,7 @@ from pyworkflow_ray.execution.options import (
 )
 from pyworkflow_ray.execution.validation import Arguments, resolve_hints
 from pyworkflow_ray.resilience.policy import RetryPolicy
-from pyworkflow_ray.resilience.retry import ErrorFilter
+from pyworkflow_ray.resilience.retry import DelayOf, ErrorFilter
 
 Kind = Literal["step", "workflow"]
 
@@ -132,7 +132,8 @@ class Definition:
 
 
 class StepDefinition(Definition):
-    """A step: function and policy. `retry_on` and `no_retry_on` are code, and so no part of the policy's data."""
+    """A step: function and policy. `retry_on`, `no_retry_on` and a callable `retry_delay` (`delay_of`) are code, and so
+    no part of the policy's data."""
 
     kind: ClassVar[Kind] = "step"
 
@@ -147,6 +148,7 @@ class StepDefinition(Definition):
         self.policy: RetryPolicy = options.policy
         self.retry_on: ErrorFilter | None = options.retry_on
         self.no_retry_on: ErrorFilter = options.no_retry_on
+        self.delay_of: DelayOf | None = options.delay_of
         self.executor: Literal["task", "local"] = options.executor
         self.ray_options: Mapping[str, Any] = dict(options.ray_options)
         self.breaker: Any = options.breaker

@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn
 from pyworkflow_ray.durations import parse_duration
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.resilience.policy import RetryPolicy
-from pyworkflow_ray.resilience.retry import ErrorFilter
+from pyworkflow_ray.resilience.retry import DelayOf, ErrorFilter
 
 _DURATION = "seconds, a timedelta, or text such as '30s'"
 _JITTERS = ("auto", "none", "proportional", "full", "equal", "decorrelated")
@@ -87,6 +87,7 @@ class StepOptions:
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     retry_on: ErrorFilter | None = None
     no_retry_on: ErrorFilter = ()
+    delay_of: DelayOf | None = None
     executor: Literal["task", "local"] = "task"
     ray_options: Mapping[str, Any] = field(default_factory=dict)
     breaker: Any = None
@@ -112,9 +113,12 @@ def check_step_options(given: Mapping[str, Any], where: str = "@step") -> StepOp
     """
     _check_names(given, STEP_OPTIONS, where, {"retry_exceptions": _RAY_REFUSED["retry_exceptions"]})
     check = _Checker(given, where)
+    delay_s, delays_s, delay_of = _retry_delay(check)
     policy = RetryPolicy(
         max_retries=check.whole("max_retries", 0, none="for ever"),
-        retry_delay_s=_retry_delay(check),
+        retry_delay_s=delay_s,
+        delays_s=delays_s,
+        delay_by_code=delay_of is not None,
         retry_backoff=check.number("retry_backoff", 1, at_least=1),
         max_retry_delay_s=check.duration("max_retry_delay", None),
         jitter=check.choice("jitter", "auto", _JITTERS),
@@ -134,6 +138,7 @@ def check_step_options(given: Mapping[str, Any], where: str = "@step") -> StepOp
         policy=policy,
         retry_on=check.errors("retry_on", None),
         no_retry_on=check.errors("no_retry_on", ()) or (),
+        delay_of=delay_of,
         executor=executor,
         ray_options=ray_options,
         breaker=_breaker(check),
@@ -285,14 +290,30 @@ class _Checker:
         return value  # type: ignore[no-any-return]
 
 
-def _retry_delay(check: _Checker) -> Any:
+def _retry_delay(check: _Checker) -> tuple[float, tuple[float, ...] | None, DelayOf | None]:
+    """The delay in seconds, or a list of them, or what decides them: the others at their defaults."""
     value = check.given.get("retry_delay", 1)
-    if isinstance(value, (list, tuple)) or callable(value):
-        raise ConfigurationError(
-            f"{check.where}: retry_delay={shown(value)}: a {'callable' if callable(value) else 'list of delays'} "
-            "is not available in this version; give one delay, with retry_backoff and max_retry_delay"
-        )
-    return check.duration("retry_delay", 1)
+    if not (isinstance(value, (list, tuple)) or callable(value)):
+        return check.duration("retry_delay", 1), None, None
+    what = "callable" if callable(value) else "list"
+    for option, neutral, does in (
+        ("retry_backoff", 1, "multiplies one delay"),
+        ("jitter", "auto", "grows from one delay"),
+    ):
+        other = check.given.get(option, neutral)
+        if other != neutral and (option != "jitter" or other == "decorrelated"):
+            check.refuse(option, f"not used where retry_delay is a {what}: it {does}")
+    if callable(value):
+        return 1.0, None, value
+    if not value:
+        check.refuse("retry_delay", "a list of at least one delay, of which the last repeats")
+    delays = []
+    for number, item in enumerate(value, 1):
+        try:
+            delays.append(parse_duration(item))
+        except (TypeError, ValueError) as error:
+            check.refuse("retry_delay", f"a list of durations ≥ 0 ({_DURATION})", f" Item {number}: {error}")
+    return 1.0, tuple(delays), None
 
 
 def _breaker(check: _Checker) -> Any:

@@ -85,6 +85,7 @@ class _PlainCall:
             rng=RNG,
             retry_on=step.retry_on,
             no_retry_on=step.no_retry_on,
+            delay_of=step.delay_of,
             guarded=guard is not None,
             where=f"run {self.outer.run_id}" if self.outer is not None and self.outer.run_id else "",
         )

@@ -168,6 +168,7 @@ class _Execution:
             rng=self.rng,
             retry_on=self.step.retry_on,
             no_retry_on=self.step.no_retry_on,
+            delay_of=self.step.delay_of,
             guarded=breaker is not None,
             first_attempt=call.first_attempt,
             retries_used=call.retries_used,

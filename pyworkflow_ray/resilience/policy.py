@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Jitter = Literal["auto", "none", "proportional", "full", "equal", "decorrelated"]
+
+
+def _left_out(default: Any) -> Any:
+    """A field that is recorded only where it says something: logs stay small, and older versions read them."""
+    return Field(default=default, exclude_if=lambda value: value == default)
 
 
 class RetryPolicy(BaseModel):
     """The numbers of a step's policy. Spans are seconds.
 
-    `retry_on` and `no_retry_on` are code and stay with the step's definition.
+    `retry_on`, `no_retry_on` and a `retry_delay` that is a callable are code and stay with the step's definition.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -25,3 +30,6 @@ class RetryPolicy(BaseModel):
     timeout_s: float | None = None  # one attempt
     idempotent: bool = True
     max_recoveries: int = 3
+    # one by one, the last repeats; in place of retry_delay_s and its backoff
+    delays_s: tuple[float, ...] | None = _left_out(None)
+    delay_by_code: bool = _left_out(False)  # a callable of the step's definition decides each delay

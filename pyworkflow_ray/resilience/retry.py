@@ -3,6 +3,8 @@
 Called by the attempt loop (`execution.attempts`) and by the driver for recoveries; calls `taxonomy`. Rules:
 
 * the clock and the randomness are handed in: the same state of `rng` gives the same schedule;
+* a list gives the delays one by one and its last repeats, a callable decides a delay an error; both are capped where a
+  cap was given, and jittered only where a jitter was named;
 * delays are capped first and jittered below the cap: clipping a jittered delay would put half of all clients at
   exactly the cap, where they return in step;
 * what a step asks for by `RetryableError(retry_after=...)` is exact; what a server asks for is a floor;
@@ -16,12 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from pyworkflow_ray.durations import format_duration
+from pyworkflow_ray.durations import Duration, format_duration, parse_duration
 from pyworkflow_ray.errors import FatalError, RetryableError
 from pyworkflow_ray.resilience.policy import Jitter, RetryPolicy
 from pyworkflow_ray.resilience.taxonomy import RETRIED, Kind, members, server_retry_after
 
 ErrorFilter = tuple[type[BaseException], ...] | Callable[[BaseException], bool]
+DelayOf = Callable[[int, BaseException], Duration]  # (number of failed attempts so far, the error) -> delay
 
 BACKOFF_CAP_S = 3600.0  # cap where the delay grows and none was given
 SPREAD = 0.125  # proportional jitter, and what is added to a server's Retry-After
@@ -47,7 +50,9 @@ class Stop:
     note: str
 
 
-def retry_delay(retry: int, policy: RetryPolicy, rng: Random, previous_s: float | None = None) -> float:
+def retry_delay(
+    retry: int, policy: RetryPolicy, rng: Random, previous_s: float | None = None, chosen_s: float | None = None
+) -> float:
     """Seconds to wait before retry number `retry` (1 is the first).
 
     With `d = min(cap, retry_delay * retry_backoff**(retry - 1))`, U uniform, and `cap` `policy.max_retry_delay_s`
@@ -61,10 +66,13 @@ def retry_delay(retry: int, policy: RetryPolicy, rng: Random, previous_s: float 
       `retry_delay`; it grows by itself and ignores `retry_backoff`
     * "auto": "none" where `retry_backoff` is 1, else "proportional"
 
+    Where the policy has a list of delays, d is its item number `retry`, or its last; where code decides, what it chose.
+
     Never negative, never above the cap, and finite for any `retry`. The state of `rng` decides the result.
 
     Args:
         previous_s: The delay before this one, for "decorrelated".
+        chosen_s: What the step's own code chose.
 
     Raises:
         ValueError: `retry` is below 1.
@@ -78,7 +86,12 @@ def retry_delay(retry: int, policy: RetryPolicy, rng: Random, previous_s: float 
     if jitter == "decorrelated":
         base = min(policy.retry_delay_s, cap)
         return rng.uniform(base, max(base, min(cap, 3.0 * (base if previous_s is None else previous_s))))
-    delay = _capped_backoff(retry, policy, cap)
+    if chosen_s is not None:
+        delay = min(chosen_s, cap)
+    elif policy.delays_s:
+        delay = min(policy.delays_s[min(retry, len(policy.delays_s)) - 1], cap)
+    else:
+        delay = _capped_backoff(retry, policy, cap)
     if jitter == "proportional":
         return rng.uniform((1 - SPREAD) * delay, min((1 + SPREAD) * delay, cap))
     if jitter == "full":
@@ -121,6 +134,7 @@ def decide(
     retries_used: int,
     retry_on: ErrorFilter | None = None,
     no_retry_on: ErrorFilter = (),
+    delay_of: DelayOf | None = None,
     previous_s: float | None = None,
     deadline: float | None = None,
     refused: bool = False,
@@ -134,6 +148,7 @@ def decide(
         retries_used: Retries made before this failure.
         retry_on: Replaces the taxonomy for this decision; None leaves it to the taxonomy.
         no_retry_on: Never retried; wins over everything.
+        delay_of: The step's own choice of a delay.
         previous_s: The last delay that was waited.
         deadline: UNIX time before which a wait must end.
         refused: The step's own breaker refused the attempt.
@@ -150,7 +165,10 @@ def decide(
         allowed = policy.max_retries
         words = {0: "max_retries is 0", 1: "its one retry is used"}
         return Stop("exhausted", words.get(allowed, f"all {allowed} retries are used"))
-    delay_s, reason = _delay(error, policy, retries_used + 1, now, rng, previous_s)
+    try:
+        delay_s, reason = _delay(error, policy, retries_used + 1, now, rng, previous_s, delay_of)
+    except Exception as raised:  # a user's callable, or what it gave
+        return Stop("code", f"retry_delay could not be asked: {type(raised).__name__}: {raised}")
     if deadline is not None and now + delay_s >= deadline:
         left = format_duration(max(0.0, deadline - now))
         return Stop("deadline", f"the next attempt would wait {format_duration(delay_s)}, the deadline is in {left}")
@@ -187,7 +205,13 @@ def _matches(error: BaseException, given: ErrorFilter, of_group: Callable[[list[
 
 
 def _delay(
-    error: BaseException, policy: RetryPolicy, retry: int, now: float, rng: Random, previous_s: float | None
+    error: BaseException,
+    policy: RetryPolicy,
+    retry: int,
+    now: float,
+    rng: Random,
+    previous_s: float | None,
+    delay_of: DelayOf | None,
 ) -> tuple[float, str]:
     asked = [member.delay_s(now) for member in members(error) if isinstance(member, RetryableError)]
     exact = max((seconds for seconds in asked if seconds is not None), default=None)
@@ -197,14 +221,16 @@ def _delay(
     floor = max((seconds for seconds in floors if seconds is not None), default=0.0)
     if floor > 0:  # 0, or a date that is over, asks for nothing: the policy decides
         return floor + rng.uniform(0.0, SPREAD * floor), "server retry_after"
-    delay_s = retry_delay(retry, policy, rng, previous_s)
-    return delay_s, delay_words(policy)
+    chosen_s = None if delay_of is None else parse_duration(delay_of(retry, error))
+    return retry_delay(retry, policy, rng, previous_s, chosen_s), delay_words(policy)
 
 
 def delay_words(policy: RetryPolicy) -> str:
-    """Why a computed delay is what it is: "fixed", "fixed+jitter", "backoff", "backoff+jitter", "decorrelated"."""
+    """Why a delay is what it is: "fixed", "backoff", "listed", "chosen", each with "+jitter" or not; "decorrelated"."""
     jitter = effective_jitter(policy)
     if jitter == "decorrelated":
         return jitter
     shape = "backoff" if policy.retry_backoff > 1 else "fixed"
+    if policy.delay_by_code or policy.delays_s:
+        shape = "chosen" if policy.delay_by_code else "listed"
     return shape if jitter == "none" else f"{shape}+jitter"

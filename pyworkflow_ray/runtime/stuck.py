@@ -14,7 +14,7 @@ from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.events import AttemptFailed
 from pyworkflow_ray.errors import StepTimeoutError
 from pyworkflow_ray.execution.code import load_step
-from pyworkflow_ray.resilience.retry import ErrorFilter, Retry, decide
+from pyworkflow_ray.resilience.retry import DelayOf, ErrorFilter, Retry, decide
 from pyworkflow_ray.runtime.process import Process
 
 
@@ -28,9 +28,10 @@ def stuck_outcome(call: StepCall, process: Process, attempt: int, retries_used: 
     )
     retry_on: ErrorFilter | None = None
     no_retry_on: ErrorFilter = ()
+    delay_of: DelayOf | None = None
     try:
         step = load_step(call.code, process.storage.get_blob, process.codec.decode)
-        retry_on, no_retry_on = step.retry_on, step.no_retry_on
+        retry_on, no_retry_on, delay_of = step.retry_on, step.no_retry_on, step.delay_of
     except Exception:
         pass  # the policy's numbers decide alone
     decided = decide(
@@ -42,6 +43,7 @@ def stuck_outcome(call: StepCall, process: Process, attempt: int, retries_used: 
         retries_used=retries_used,
         retry_on=retry_on,
         no_retry_on=no_retry_on,
+        delay_of=delay_of,
         deadline=call.deadline,
         outcome_unknown=True,
     )

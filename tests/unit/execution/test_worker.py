@@ -362,3 +362,29 @@ async def test_a_call_on_a_running_loop() -> None:
     outcome = await execute_call_async(call_of(twice), twice.definition, CODEC, report=report)
     assert outcome.result is not None
     assert (outcome.attempt, CODEC.decode(outcome.result)) == (2, 2)
+
+
+def test_a_callable_of_the_steps_definition_decides_its_delays_in_the_worker() -> None:
+    asked: list[tuple[int, str]] = []
+
+    def choose(attempt: int, error: BaseException) -> float:
+        asked.append((attempt, type(error).__name__))
+        return 0.0 if attempt == 1 else 600.0
+
+    @pw.step(max_retries=5, retry_delay=choose)
+    def always() -> None:
+        raise ConnectionError("refused")
+
+    outcome = execute(always)
+    assert asked == [(1, "ConnectionError"), (2, "ConnectionError")]
+    assert (outcome.status, outcome.attempt) == ("handed_back", 2)
+    assert [(a.delay_s, a.delay_reason) for a in outcome.attempts] == [(0.0, "chosen"), (600.0, "chosen")]
+
+
+def test_a_list_of_delays_goes_on_where_an_earlier_dispatch_left_it() -> None:
+    @pw.step(max_retries=5, retry_delay=[0, 0, "10m", "20m"])
+    def always() -> None:
+        raise ConnectionError("refused")
+
+    outcome = execute(always, first_attempt=4, retries_used=3)
+    assert [(a.attempt, a.delay_s, a.delay_reason) for a in outcome.attempts] == [(4, 1200.0, "listed")]

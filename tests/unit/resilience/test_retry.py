@@ -117,6 +117,20 @@ def test_a_seed_repeats_a_schedule() -> None:
     assert schedule(3) == schedule(3) != schedule(4)
 
 
+def test_a_list_gives_the_delays_one_by_one_and_its_last_repeats() -> None:
+    p = policy(delays_s=(0.0, 1.0, 30.0))
+    assert [retry_delay(k, p, random.Random(k)) for k in (1, 2, 3, 4, 10_000)] == [0, 1, 30, 30, 30]
+    capped = policy(delays_s=(1.0, 30.0), max_retry_delay_s=10)
+    assert [retry_delay(k, capped, random.Random(k)) for k in (1, 2)] == [1, 10]
+
+
+def test_a_list_is_jittered_only_where_a_jitter_is_named() -> None:
+    p = policy(delays_s=(8.0,), jitter="proportional")
+    delays = [retry_delay(k, p, random.Random(k)) for k in range(1, 1_000)]
+    assert 7 <= min(delays) < 7.1
+    assert 8.9 < max(delays) <= 9
+
+
 def test_retry_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="number 1"):
         retry_delay(0, policy(), random.Random(0))
@@ -235,6 +249,36 @@ def test_retry_after_of_a_server_is_a_floor_under_a_spread() -> None:
     assert decision.reason == "server retry_after"
 
 
+def test_a_callable_decides_the_delay_of_each_error() -> None:
+    def chosen(attempt: int, error: BaseException) -> object:
+        return {"TimeoutError": "2m", "ConnectionError": attempt * 10}.get(type(error).__name__, dt.timedelta(0))
+
+    p = policy(delay_by_code=True, max_retries=9)
+    given: dict[str, Any] = {"delay_of": chosen}
+    assert delay_of(after(TimeoutError(), p, **given)) == 120
+    assert delay_of(after(ConnectionError(), p, retries_used=2, **given)) == 30
+    assert delay_of(after(RuntimeError(), p, **given)) == 0
+    capped = policy(delay_by_code=True, max_retry_delay_s=10)
+    assert delay_of(after(TimeoutError(), capped, **given)) == 10
+    asked = after(RetryableError("x", retry_after="1h"), p, **given)
+    assert delay_of(asked) == 3600, "the error's own wish comes first"
+
+
+@pytest.mark.parametrize("gives", ["soon", -1, None, float("nan"), lambda: 1])
+def test_a_callable_that_gives_no_delay_ends_the_retrying_and_is_named(gives: Any) -> None:
+    decision = after(ConnectionError(), policy(delay_by_code=True), delay_of=lambda attempt, error: gives)
+    assert stopped(decision) == "code"
+    assert isinstance(decision, Stop)
+    assert "retry_delay" in decision.note
+
+
+def test_a_callable_that_raises_ends_the_retrying_and_is_named() -> None:
+    decision = after(ConnectionError(), policy(delay_by_code=True), delay_of=lambda attempt, error: 1 / 0)
+    assert stopped(decision) == "code"
+    assert isinstance(decision, Stop)
+    assert "ZeroDivisionError" in decision.note
+
+
 def test_a_servers_zero_leaves_the_delay_to_the_policy() -> None:
     assert delay_of(after(_answer(503, "0"))) == 1
 
@@ -267,6 +311,9 @@ def test_a_refusal_of_the_steps_breaker_ends_the_retrying_even_if_retry_on_names
         ({"retry_backoff": 2, "jitter": "none"}, "backoff"),
         ({"jitter": "full"}, "fixed+jitter"),
         ({"jitter": "decorrelated"}, "decorrelated"),
+        ({"delays_s": (1.0, 2.0)}, "listed"),
+        ({"delays_s": (1.0, 2.0), "jitter": "full"}, "listed+jitter"),
+        ({"delay_by_code": True}, "chosen"),
     ],
 )
 def test_the_reason_of_a_delay_is_told(values: dict[str, Any], words: str) -> None:
