@@ -170,7 +170,6 @@ class RunCancelRequested(Event):
     reason: str | None = None
 
 
-class RunParked(Event):
 class BodyAbandoned(Event):
     """Input: a cancelled body did not end within its grace. It does nothing any more, and its compensations begin.
 
@@ -180,6 +179,7 @@ class BodyAbandoned(Event):
     type: Literal["body_abandoned"] = "body_abandoned"
 
 
+class RunParked(Event):
     """Note: the run waits by itself and holds no actor until `due_at`."""
 
     type: Literal["run_parked"] = "run_parked"
@@ -221,8 +221,8 @@ class StepScheduled(Event):
     """Command, and the step's first event: name, arguments and the policy that holds until the step ends.
 
     number: 1 for the first step that the run scheduled, and so on; for people.
-    """
     compensates: it undoes what the run did, for the run ends as failed or cancelled (`engine.saga`).
+    """
 
     type: Literal["step_scheduled"] = "step_scheduled"
     position: str
@@ -235,8 +235,8 @@ class StepScheduled(Event):
     executor: Literal["task", "local"] = "task"
     ray_options: dict[str, Any] = Field(default_factory=dict)
     breaker: str | None = None
-
     compensates: bool = False
+
 
 class StepStarted(Event):
     """Note: a worker began an attempt (time queued for a worker lies before it). Not waited for."""
@@ -390,8 +390,8 @@ AnyEvent = Annotated[
         RunCreated,
         RunActivated,
         RunCancelRequested,
-        RunParked,
         BodyAbandoned,
+        RunParked,
         RunPaused,
         RunCompleted,
         RunFailed,
