@@ -158,6 +158,7 @@ def step(
     retry_on: type[BaseException] | Sequence[type[BaseException]] | Callable[[BaseException], bool] | None = None,
     no_retry_on: type[BaseException] | Sequence[type[BaseException]] | Callable[[BaseException], bool] = (),
     timeout: Duration | None = None,
+    total_timeout: Duration | None = None,
     breaker: Any = None,
     idempotent: bool = True,
     max_recoveries: int = 3,
@@ -169,7 +170,6 @@ def step(
     runtime_env: Mapping[str, Any] | None = None,
     scheduling_strategy: Any = None,
     ray_remote_args: Mapping[str, Any] | None = None,
-    total_timeout: None = None,
     on_exhausted: Literal["raise"] = "raise",
     on_open: Literal["raise"] = "raise",
     retry_budget: None = None,
@@ -196,6 +196,9 @@ def step(fn: Any = None, /, **options: Any) -> Any:
             `pw.classify`.
         no_retry_on: Exception types, or a predicate, that are never retried; wins over `retry_on`.
         timeout: Limit of one attempt, > 0; None: none. Not on a `def` step with `executor="local"`.
+        total_timeout: Limit of all attempts and waits together, > 0, from the begin of the first attempt; None: none. A
+            wait that cannot end before it is not begun: the step fails at once with the last error. An attempt that
+            still runs is stopped with `StepTimeoutError`. Not on a `def` step with `executor="local"`.
         breaker: A `CircuitBreaker` or its name.
         idempotent: False: an attempt whose outcome is unknown is never repeated; the workflow gets `StepLostError`.
         max_recoveries: Executions again after a lost worker, node, or out of memory, ≥ 0 (default 3).

@@ -30,6 +30,7 @@ class StepCall:
     first_attempt: number of the first attempt that this dispatch makes (from 1).
     retries_used: failed attempts of this step that count against `max_retries` (lost ones do not).
     not_before: UNIX time before which no attempt may begin; None: at once.
+    began_at: UNIX time at which the step's first attempt began; None: it has not.
     deadline: UNIX time at which the run ends; None: never.
     """
 
@@ -56,6 +57,7 @@ class StepCall:
     retries_used: int = 0
     previous: list[PreviousFailure] = field(default_factory=list)
     not_before: float | None = None
+    began_at: float | None = None
     deadline: float | None = None
     trace_id: str = ""
     kinds: dict[str, Kind] = field(default_factory=dict)  # of exception types that the run's starter registered

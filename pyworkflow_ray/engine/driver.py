@@ -200,10 +200,11 @@ class Driver:
         step = self._current(position, dispatch)
         if step is None:
             return
-        timeout = step.event.policy.timeout_s
-        started = step.started_at
-        if timeout is not None and started is not None and cause == "worker_died" and now >= started + timeout:
-            self._time_out(step, started, timeout, now)
+        started, timeout = step.started_at, step.event.policy.timeout_s
+        limits = [step.ends_at(), None if timeout is None or started is None else started + timeout]
+        over_at = min((at for at in limits if at is not None), default=None)
+        if started is not None and over_at is not None and cause == "worker_died" and now >= over_at:
+            self._time_out(step, started, over_at - started, now)
         else:
             self._lose(step, cause, charged, message, now)
         self._settle(now)
@@ -225,8 +226,8 @@ class Driver:
             self._request_cancel("max_duration", f"the run reached its max_duration of {limit:g} s", now)
         if self._cancel_deadline is not None and self._cancel_deadline <= now and not self._history.ended:
             self._end_by_force(now)
-        for step in self._history.steps.values():
-            if step.ended is None and step.waiting and (step.retry_at or 0.0) <= now:
+        for step in list(self._history.steps.values()):
+            if step.ended is None and step.waiting and (step.retry_at or 0.0) <= now and not self._history.ended:
                 self._dispatch(step)
         self._settle(now)
 
@@ -333,6 +334,9 @@ class Driver:
     def _dispatch(self, step: StepState) -> None:
         created = self._history.created
         assert created is not None
+        ends_at = step.ends_at()
+        if ends_at is not None and ends_at <= self._now:
+            return self._fail(step, step.attempt, step.last_error or self._too_late(step), "deadline", self._now)
         step.dispatch += 1
         event = step.event
         if step.dispatch > 1 or step.waiting or step.attempt or step.recoveries:
@@ -363,11 +367,17 @@ class Driver:
             retries_used=step.retries_used,
             previous=list(step.previous),
             not_before=step.retry_at,
+            began_at=step.began_at,
             deadline=None if event.compensates else self._deadline(),
             trace_id=created.trace_id,
             kinds=created.kinds,
         )
         self._gate(Dispatch(call))
+
+    def _too_late(self, step: StepState) -> Any:
+        name, total_s = step.event.step, step.event.policy.total_timeout_s or 0.0
+        error = StepTimeoutError(f"step {name!r}: its total_timeout of {total_s:g} s was over, and no attempt had ended")
+        return self._codec.encode_error(error, "timeout")
 
     def _take_up(self, position: str, step: StepState, waited: bool, activation: RunActivated, now: float) -> None:
         """An open step of an earlier activation: its worker died with its owner, or nobody had it."""
@@ -438,7 +448,7 @@ class Driver:
             now=now,
             rng=self._rng,
             retries_used=step.retries_used,
-            deadline=self._deadline(),
+            deadline=min((at for at in (self._deadline(), step.ends_at()) if at is not None), default=None),
             outcome_unknown=True,
         )
         retry = choice if isinstance(choice, Retry) else None

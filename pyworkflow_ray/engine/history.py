@@ -15,6 +15,7 @@ from pyworkflow_ray.engine.events import (
     INPUTS,
     TERMINAL,
     AttemptFailed,
+    ErrorInfo,
     Event,
     RunActivated,
     RunCancelRequested,
@@ -53,11 +54,22 @@ class StepState:
     first_attempt: int = 1  # of the dispatch that runs now
     waiting: bool = False
     started_at: float | None = None  # of the attempt that runs now
+    began_at: float | None = None  # of the first attempt, or of the wait before it
+    last_error: ErrorInfo | None = None  # of the last failed attempt
     dispatch: int = 0
     dispatched: bool = False
     previous: list[PreviousFailure] = field(default_factory=list)
     failed_attempts: set[int] = field(default_factory=set)
     verdict: AttemptFailed | None = None  # the last attempt, after which none follows: the step's failure is due
+
+    def begin(self, at: float) -> None:
+        """An attempt began, or the wait for the first one: the total timeout counts from the earliest."""
+        self.began_at = at if self.began_at is None else min(self.began_at, at)
+
+    def ends_at(self) -> float | None:
+        """UNIX time at which the total timeout is over; None: it has none, or has not begun."""
+        total_s = self.event.policy.total_timeout_s
+        return None if total_s is None or self.began_at is None else self.began_at + total_s
 
 
 @dataclass(slots=True)
@@ -106,6 +118,7 @@ class History:
                 step = self.steps[event.position]
                 step.attempt = max(step.attempt, event.attempt)
                 step.started_at = event.started_at
+                step.begin(event.started_at)
             case StepDispatched():
                 self.steps[event.position].waiting = False
             case AttemptFailed():
@@ -113,6 +126,7 @@ class History:
             case StepHandedBack():
                 step = self.steps[event.position]
                 step.waiting, step.dispatched, step.retry_at = True, False, event.due_at
+                step.begin(event.at)
             case StepLost():
                 step = self.steps[event.position]
                 step.recoveries += event.charged
@@ -153,7 +167,9 @@ class History:
         step.failed_attempts.add(event.attempt)
         step.attempt = max(step.attempt, event.attempt)
         step.retries_used += 1
+        step.begin(event.started_at)
         step.started_at = None
+        step.last_error = event.error
         step.retry_at = event.retry_at
         step.verdict = event if event.retry_at is None else None
         failure = PreviousFailure(event.attempt, event.error.kind, event.error.type, event.error.message, event.delay_s)

@@ -4,9 +4,11 @@ Called by `worker` and `plain`, which carry out its commands through `perform`; 
 
 * a generator: it yields what is to be done next and is sent how that went; it has no clock, thread or randomness of
   its own, so a virtual clock drives it as a real one does;
-* order of wrapping, outermost first: retry loop, circuit breaker, attempt timeout, the user's function. Every attempt
-  asks the breaker, and tells it its end before anything else is known of that end;
+* order of wrapping, outermost first: total timeout, retry loop, circuit breaker, attempt timeout, the user's
+  function. Every attempt asks the breaker, and tells it its end before anything else is known of that end;
 * cancellation is never retried and never counted; it is looked for before each attempt and ends a wait;
+* deadlines nest, the smaller remaining one wins: an attempt is stopped at the end of the total timeout, and a wait that
+  cannot end before that, or before the run's own end, is not begun;
 * no wait after the last attempt. A wait longer than `wait_max_s` is not done here: the call is handed back;
 * the last exception itself is the step's, with a note an attempt.
 """
@@ -22,7 +24,7 @@ from typing import Any, Literal, Protocol
 
 from pyworkflow_ray.durations import format_duration
 from pyworkflow_ray.engine.calls import PreviousFailure
-from pyworkflow_ray.errors import CircuitOpenError, StepLostError
+from pyworkflow_ray.errors import CircuitOpenError, StepLostError, StepTimeoutError
 from pyworkflow_ray.resilience.breaker import error_text
 from pyworkflow_ray.resilience.policy import RetryPolicy
 from pyworkflow_ray.resilience.retry import DelayOf, ErrorFilter, Retry, Stop, decide
@@ -52,11 +54,16 @@ class AskBreaker:
 
 @dataclass(slots=True, frozen=True)
 class RunAttempt:
-    """Run the user's function once, under its timeout. Answer: `Succeeded`, `Failed` or `Cancelled`."""
+    """Run the user's function once, for at most `timeout_s`. Answer: `Succeeded`, `Failed` or `Cancelled`.
+
+    last_chance: the limit is not the attempt's own but the end of the total timeout.
+    """
 
     attempt: int
     previous: Sequence[PreviousFailure]
     started_at: float
+    timeout_s: float | None = None
+    last_chance: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -89,10 +96,14 @@ class Succeeded:
 
 @dataclass(slots=True, frozen=True)
 class Failed:
-    """outcome_unknown: it was stopped by us, and what it had done by then is not known."""
+    """outcome_unknown: it was stopped by us, and what it had done by then is not known.
+
+    ended_the_step: it was stopped by the total timeout.
+    """
 
     error: BaseException
     outcome_unknown: bool = False
+    ended_the_step: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -154,6 +165,7 @@ class Plan:
         retries_used: Retries that were used before.
         previous: Failures before, oldest first.
         not_before: UNIX time before which no attempt may begin.
+        began_at: UNIX time at which the step's first attempt began, in an earlier dispatch; None: it begins here.
         deadline: UNIX time at which the run ends: no wait that ends later is begun.
         wait_max_s: Longest wait that is done here; None: any.
         accept: Applied to the function's value; what it raises is a failure that is never retried (the value can't be
@@ -175,6 +187,7 @@ class Plan:
     retries_used: int = 0
     previous: Sequence[PreviousFailure] = ()
     not_before: float | None = None
+    began_at: float | None = None
     deadline: float | None = None
     wait_max_s: float | None = None
     accept: Callable[[Any], Any] | None = None
@@ -208,6 +221,8 @@ def attempts(plan: Plan) -> Generator[Command, Answer, Ended]:
     attempt = plan.first_attempt
     retries_used = plan.retries_used
     history = _Previous(plan.previous)
+    ends_at = _ends_at(plan)
+    deadline = min((at for at in (plan.deadline, ends_at) if at is not None), default=None)
     resume_at = plan.not_before
     wait_s = 0.0 if resume_at is None else max(0.0, resume_at - plan.clock())
     while True:
@@ -218,7 +233,9 @@ def attempts(plan: Plan) -> Generator[Command, Answer, Ended]:
         if plan.cancelled():
             return Ended("cancelled", attempt - 1, ended_at=plan.clock())
         started_at = plan.clock()
-        answer, breaker = yield from _one(plan, attempt, history, started_at)
+        if ends_at is not None and started_at >= ends_at:
+            return _too_late(plan, attempt, history, started_at)
+        answer, breaker = yield from _one(plan, attempt, history, started_at, ends_at)
         ended_at = plan.clock()
         if isinstance(answer, Cancelled):
             return Ended("cancelled", attempt, started_at=started_at, ended_at=ended_at, breaker=breaker)
@@ -241,14 +258,14 @@ def attempts(plan: Plan) -> Generator[Command, Answer, Ended]:
                 answer.error,
                 kind,
                 plan.policy,
-                now=ended_at,
+                now=_judged_at(answer, ended_at, ends_at),
                 rng=plan.rng,
                 retries_used=retries_used,
                 retry_on=plan.retry_on,
                 no_retry_on=plan.no_retry_on,
                 delay_of=plan.delay_of,
                 previous_s=history.last_delay_s,
-                deadline=plan.deadline,
+                deadline=deadline,
                 refused=isinstance(answer, Refused),
                 outcome_unknown=isinstance(answer, Failed) and answer.outcome_unknown,
             )
@@ -277,7 +294,7 @@ def attempts(plan: Plan) -> Generator[Command, Answer, Ended]:
 
 
 def _one(
-    plan: Plan, attempt: int, history: _Previous, started_at: float
+    plan: Plan, attempt: int, history: _Previous, started_at: float, ends_at: float | None
 ) -> Generator[Command, Answer, tuple[Answer, str | None]]:
     """One attempt within the breaker: how it ended, and the breaker's state when it began."""
     breaker: str | None = None
@@ -292,10 +309,43 @@ def _one(
         permit, breaker = asked.permit, asked.state
     if plan.on_started is not None:
         plan.on_started(attempt, started_at)
-    answer = yield RunAttempt(attempt, history.visible(), started_at)
+    timeout_s, last_chance = plan.policy.timeout_s, False
+    if ends_at is not None:
+        left = max(1e-6, ends_at - plan.clock())
+        last_chance = timeout_s is None or left < timeout_s
+        timeout_s = left if last_chance else timeout_s
+    answer = yield RunAttempt(attempt, history.visible(), started_at, timeout_s, last_chance)
+    if last_chance and isinstance(answer, Failed) and answer.outcome_unknown:
+        answer = Failed(answer.error, outcome_unknown=True, ended_the_step=True)
     if permit is not None:
         yield TellBreaker(permit, _for_breaker(answer))
     return answer, breaker
+
+
+def _ends_at(plan: Plan) -> float | None:
+    """UNIX time at which the total timeout is over."""
+    total_s = plan.policy.total_timeout_s
+    if total_s is None:
+        return None
+    return (plan.clock() if plan.began_at is None else plan.began_at) + total_s
+
+
+def _judged_at(answer: Failed | Refused, ended_at: float, ends_at: float | None) -> float:
+    """Where the total timeout stopped it, it is over, though the clock that stopped it may be early by a moment."""
+    if ends_at is not None and isinstance(answer, Failed) and answer.ended_the_step:
+        return max(ended_at, ends_at)
+    return ended_at
+
+
+def _too_late(plan: Plan, attempt: int, history: _Previous, now: float) -> Ended:
+    """The total timeout was over before the attempt could begin: a worker came late, or was lost."""
+    total = format_duration(plan.policy.total_timeout_s or 0.0)
+    error = StepTimeoutError(
+        f"step {plan.step!r}: its total_timeout of {total} was over before attempt {attempt} could begin"
+        f"{history.last_words()}"
+    )
+    add_notes(error, history, Stop("deadline", f"its total_timeout of {total} is over"))
+    return Ended("failed", attempt - 1, error=error, kind="timeout", why="deadline", started_at=now, ended_at=now)
 
 
 def _for_breaker(answer: Answer) -> BaseException | None:
@@ -380,6 +430,13 @@ class _Previous:
 
     def visible(self) -> tuple[PreviousFailure, ...]:
         return tuple(self._items)
+
+    def last_words(self) -> str:
+        """The last failure, for a message."""
+        if not self._items:
+            return ""
+        last = self._items[-1]
+        return f"; attempt {last.attempt} had failed with {last.type}: {last.message}"
 
     def __iter__(self) -> Any:
         return iter(self._items)

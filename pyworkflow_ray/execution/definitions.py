@@ -140,9 +140,12 @@ class StepDefinition(Definition):
     def __init__(self, fn: Callable[..., Any], options: StepOptions, base: StepDefinition | None = None) -> None:
         _check_function(fn, "@step")
         super().__init__(fn, options.name, base)
-        if not self.is_async and options.executor == "local" and options.policy.timeout_s is not None:
+        for option in ("timeout", "total_timeout"):
+            limit_s = getattr(options.policy, f"{option}_s")
+            if self.is_async or options.executor != "local" or limit_s is None:
+                continue
             raise ConfigurationError(
-                f"@step {self.name}: timeout={options.policy.timeout_s:g} is not allowed on a sync step with "
+                f"@step {self.name}: {option}={limit_s:g} is not allowed on a sync step with "
                 "executor='local': it can't be interrupted. Use executor='task', or make it async def"
             )
         self.policy: RetryPolicy = options.policy

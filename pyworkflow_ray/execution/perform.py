@@ -50,7 +50,7 @@ class Work:
         function: Calls the user's function: its value, or for an async step its coroutine.
         is_async: Whether it gives a coroutine.
         context: What `current_step()` shows in this attempt.
-        timeout_s: Limit of one attempt, in seconds.
+        total_timeout_s: Limit of all attempts and waits together, in seconds; for messages.
         guard: The step's breaker.
         interrupt: Cancels the call.
         kill_stuck: End the process where user code does not stop. Step workers only.
@@ -66,7 +66,7 @@ class Work:
     function: Callable[[], Any]
     is_async: bool
     context: Callable[[RunAttempt], StepContext]
-    timeout_s: float | None = None
+    total_timeout_s: float | None = None
     guard: Guard | None = None
     interrupt: Interrupt | None = None
     kill_stuck: bool = False
@@ -77,9 +77,14 @@ class Work:
     settle: Callable[[], Awaitable[None]] | None = None
     passes_through: bool = False
 
-    def timed_out(self, attempt: int) -> StepTimeoutError:
-        limit = format_duration(self.timeout_s or 0.0)
-        return StepTimeoutError(f"step {self.step!r}: attempt {attempt} ran longer than its timeout of {limit}")
+    def timed_out(self, command: RunAttempt) -> StepTimeoutError:
+        if command.last_chance:
+            limit = format_duration(self.total_timeout_s or 0.0)
+            return StepTimeoutError(
+                f"step {self.step!r}: attempt {command.attempt} was stopped as its total_timeout of {limit} was over"
+            )
+        limit = format_duration(command.timeout_s or 0.0)
+        return StepTimeoutError(f"step {self.step!r}: attempt {command.attempt} ran longer than its timeout of {limit}")
 
 
 # On a thread that may block ---------------------------------------------------------------------------------------
@@ -132,12 +137,13 @@ def _perform(command: Command, work: Work, permits: list[Any]) -> Answer:
 
 
 def _run_sync(command: RunAttempt, work: Work) -> Answer:
-    if work.timeout_s is not None and not on_main_thread():
+    if command.timeout_s is not None and not on_main_thread():
+        name, limit = ("total_timeout", work.total_timeout_s) if command.last_chance else ("timeout", command.timeout_s)
         raise ConfigurationError(
-            f"step {work.step!r}: timeout={format_duration(work.timeout_s)} of a sync step works in the main thread "
+            f"step {work.step!r}: {name}={format_duration(limit or 0.0)} of a sync step works in the main thread "
             "only, where a signal can interrupt it. Call it there, make it async def, or run it in a workflow"
         )
-    guard = SyncGuard(work.timeout_s, work.interrupt, kill_stuck=work.kill_stuck)
+    guard = SyncGuard(command.timeout_s, work.interrupt, kill_stuck=work.kill_stuck)
     with entered(work.context(command)):
         try:
             answer: Answer = Succeeded(guard.run(work.function))
@@ -150,7 +156,7 @@ def _run_sync(command: RunAttempt, work: Work) -> Answer:
     if guard.reason == "cancelled":
         return Cancelled()
     if guard.reason == "timeout":
-        timeout = work.timed_out(command.attempt)
+        timeout = work.timed_out(command)
         if isinstance(answer, Failed):
             timeout.__traceback__ = answer.error.__traceback__  # where the step was when it was stopped
             if not isinstance(answer.error, StopUserCode):
@@ -211,8 +217,8 @@ async def _run_async(command: RunAttempt, work: Work) -> Answer:
     with entered(work.context(command)):
         return await run_async_attempt(
             work.function,
-            timeout_s=work.timeout_s,
-            timed_out=lambda: work.timed_out(command.attempt),
+            timeout_s=command.timeout_s,
+            timed_out=lambda: work.timed_out(command),
             interrupt=work.interrupt,
             kill_stuck=work.kill_stuck,
             owns_loop=work.owns_loop,

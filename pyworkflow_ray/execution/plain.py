@@ -86,6 +86,7 @@ class _PlainCall:
             retry_on=step.retry_on,
             no_retry_on=step.no_retry_on,
             delay_of=step.delay_of,
+            deadline=_end_of(self.outer),
             guarded=guard is not None,
             where=f"run {self.outer.run_id}" if self.outer is not None and self.outer.run_id else "",
         )
@@ -96,7 +97,7 @@ class _PlainCall:
             function=lambda: self.step.fn(*self.args, **self.kwargs),
             is_async=self.step.is_async,
             context=self.context,
-            timeout_s=self.step.policy.timeout_s,
+            total_timeout_s=self.step.policy.total_timeout_s,
             guard=guard,
             sleep=self.sleep,
             waits=not _no_waits.get(),
@@ -104,7 +105,7 @@ class _PlainCall:
         )
 
     def context(self, command: RunAttempt) -> StepContext:
-        outer, timeout_s = self.outer, self.step.policy.timeout_s
+        outer, timeout_s = self.outer, command.timeout_s
         deadline = instant(None if timeout_s is None else command.started_at + timeout_s)
         if outer is not None and outer.deadline is not None:
             deadline = outer.deadline if deadline is None else min(deadline, outer.deadline)
@@ -124,6 +125,11 @@ class _PlainCall:
             _clock=self.clock,
             _sleep=self.sleep,
         )
+
+
+def _end_of(outer: StepContext | None) -> float | None:
+    """UNIX time at which the step that makes the call is stopped: no wait that ends later is begun."""
+    return None if outer is None or outer.deadline is None else outer.deadline.timestamp()
 
 
 def guard_of(step: StepDefinition) -> Guard | None:

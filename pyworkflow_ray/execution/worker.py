@@ -174,6 +174,7 @@ class _Execution:
             retries_used=call.retries_used,
             previous=call.previous,
             not_before=call.not_before,
+            began_at=call.began_at,
             deadline=call.deadline,
             wait_max_s=wait_max_s,
             accept=self.codec.encode,
@@ -189,14 +190,14 @@ class _Execution:
             function=function,
             is_async=self.step.is_async,
             context=self.context,
-            timeout_s=self.call.policy.timeout_s,
+            total_timeout_s=self.call.policy.total_timeout_s,
             guard=breaker,
             interrupt=interrupt,
         )
 
     def context(self, command: RunAttempt) -> StepContext:
         call = self.call
-        timeout_s = call.policy.timeout_s
+        timeout_s = command.timeout_s
         ends = [at for at in (call.deadline, timeout_s and command.started_at + timeout_s) if at is not None]
         return StepContext(
             name=call.step,

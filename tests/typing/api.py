@@ -28,6 +28,14 @@ def called_sync(order: int) -> float:
     return 1.0
 
 
+@pw.step(retry_delay=[1, "2s", timedelta(minutes=1)], total_timeout="10m")
+def listed_delays(order: int) -> None: ...
+
+
+@pw.step(retry_delay=lambda attempt, error: "5s" if isinstance(error, OSError) else attempt * 2.0)
+def chosen_delays(order: int) -> None: ...
+
+
 @pw.step(max_retries=None, retry_on=lambda error: True, jitter="full", executor="local")
 async def called_async(order: int, *rest: str, deep: bool = False) -> list[str]:
     return []
@@ -54,7 +62,7 @@ wrong = [
     pw.step(max_retrys=1),  # type: ignore[call-overload]
     pw.step(jitter="ful"),  # type: ignore[call-overload]
     pw.step(executor="thread"),  # type: ignore[call-overload]
-    pw.step(total_timeout=5),  # type: ignore[call-overload]
+    pw.step(total_timeout=[5]),  # type: ignore[call-overload]
 ]
 
 

@@ -392,3 +392,47 @@ def test_a_run_paused_for_its_limits_can_be_cancelled():
     again.do("cancel", None)
     assert not again.of(Pause)
     assert again.events[-1].type == "run_cancelled"
+
+
+@step(max_retries=9, retry_delay=60, total_timeout=100)
+def patient(n: int) -> int:
+    return n
+
+
+def patient_run():
+    async def flow():
+        return await patient(1)
+
+    run = Run(flow)
+    run.start("1")
+    due = run.now + 60
+    record = run.failure("1", retry_at=due)
+    run.do("outcome", Outcome("1", 1, "handed_back", 1, [record], retry_at=due))
+    return flow, run, due
+
+
+def test_the_total_timeout_goes_on_in_the_next_activation():
+    flow, run, due = patient_run()
+    again = run.again(flow, cause="wake", charged=False, now=due)
+    (call,) = [e.call for e in again.of(Dispatch)]
+    assert call.began_at == START_AT
+
+
+def test_a_step_whose_total_timeout_passed_while_nobody_had_it_fails_with_its_last_error():
+    flow, run, _ = patient_run()
+    again = run.again(flow, now=START_AT + 101)
+    assert again.dispatched() == []
+    failed = next(e for e in again.events if e.type == "step_failed")
+    assert (failed.why, failed.error.type) == ("deadline", "LookupError")
+    assert again.events[-1].type == "run_failed"
+
+
+def test_a_worker_that_ended_itself_at_the_total_timeout_timed_out_and_was_not_lost():
+    flow, run, due = patient_run()
+    again = run.again(flow, cause="wake", charged=False, now=due)
+    again.start("1", attempt=2)
+    again.now = START_AT + 100.5
+    again.do("lost", "1", 1, cause="worker_died", charged=True)
+    assert "step_lost" not in again.types()
+    failed = next(e for e in again.events if e.type == "step_failed")
+    assert (failed.why, failed.error.type, failed.attempt) == ("deadline", "StepTimeoutError", 2)

@@ -231,6 +231,79 @@ def test_a_wait_that_cannot_end_before_the_deadline_is_not_begun() -> None:
     assert "deadline" in ended.error.__notes__[-1]
 
 
+# The total timeout ------------------------------------------------------------------------------------------------
+
+
+def test_the_total_timeout_ends_at_once_when_the_next_wait_cannot_end_before_it() -> None:
+    policy = RetryPolicy(max_retries=None, retry_delay_s=1, retry_backoff=2, jitter="none", total_timeout_s=10)
+    bench = Bench(failing(), policy=policy)
+    ended = bench.run()
+    assert bench.starts == [0, 1, 3, 7]
+    assert bench.now - bench.begun_at == 7, "the wait of 8 s is not begun"
+    assert (ended.why, ended.attempt) == ("deadline", 4)
+    assert isinstance(ended.error, ConnectionError)
+    assert "deadline" in ended.error.__notes__[-1]
+
+
+def test_an_attempt_may_run_for_what_is_left_of_the_total_timeout_or_its_own_whichever_is_less() -> None:
+    policy = RetryPolicy(max_retries=9, retry_delay_s=3, timeout_s=4, total_timeout_s=10)
+    bench = Bench(failing(times=2), policy=policy)
+    assert bench.run().value == "value 3"
+    limits = [(command.timeout_s, command.last_chance) for command in bench.ran]
+    assert [last for _, last in limits] == [False, False, False]
+    assert [limit for limit, _ in limits] == [4, 4, 4]
+    bench = Bench(failing(times=2), policy=policy.model_copy(update={"retry_delay_s": 4.0}))
+    bench.run()
+    assert [(command.timeout_s, command.last_chance) for command in bench.ran] == [(4, False), (4, False), (2, True)]
+
+
+@pytest.mark.parametrize("early_s", [0.0, 0.004])
+def test_an_attempt_that_the_total_timeout_stops_is_the_last(early_s: float) -> None:
+    bench = Bench(failing(), policy=RetryPolicy(max_retries=None, retry_delay_s=0, total_timeout_s=10))
+    bench.takes_s = 10.0 - early_s
+    bench.behave = lambda command: Failed(StepTimeoutError("stopped"), outcome_unknown=True)
+    ended = bench.run()
+    assert (ended.why, ended.attempt, len(bench.ran)) == ("deadline", 1, 1)
+    assert isinstance(ended.error, StepTimeoutError)
+
+
+def test_the_total_timeout_of_a_step_that_is_not_idempotent_loses_it() -> None:
+    policy = RetryPolicy(max_retries=3, idempotent=False, total_timeout_s=10)
+    bench = Bench(lambda command: Failed(StepTimeoutError("x"), outcome_unknown=True), takes_s=10.0, policy=policy)
+    assert isinstance(bench.run().error, StepLostError)
+
+
+def test_the_total_timeout_counts_from_the_first_attempt_of_an_earlier_dispatch() -> None:
+    earlier = [PreviousFailure(1, "transient", "ConnectionError", "refused", 3.0)]
+    policy = RetryPolicy(max_retries=9, retry_delay_s=3, total_timeout_s=10)
+    given: dict[str, Any] = {"policy": policy, "first_attempt": 2, "retries_used": 1, "previous": earlier}
+    bench = Bench(failing(), began_at=995.0, **given)
+    assert bench.run().why == "deadline"
+    assert bench.starts == [0, 3]
+    late = Bench(failing(), began_at=990.0, **given)
+    ended = late.run()
+    assert late.ran == []
+    assert (ended.status, ended.why, ended.attempt) == ("failed", "deadline", 1)
+    assert isinstance(ended.error, StepTimeoutError)
+    assert "attempt 1 had failed with ConnectionError: refused" in str(ended.error)
+    assert ended.error.__notes__[0].startswith("attempt 1:")
+
+
+def test_retry_after_may_exceed_the_cap_only_up_to_the_total_timeout() -> None:
+    policy = RetryPolicy(max_retries=9, retry_backoff=2, max_retry_delay_s=5, total_timeout_s=60)
+    bench = Bench(failing(lambda: RetryableError("later", retry_after="50s")), policy=policy)
+    assert bench.run().why == "deadline"
+    assert bench.starts == [0, 50]
+
+
+def test_the_smaller_of_the_runs_end_and_the_total_timeout_wins() -> None:
+    policy = RetryPolicy(max_retries=9, retry_delay_s=5, total_timeout_s=60)
+    assert len(Bench(failing(), policy=policy, deadline=1_011.0).run().error.__notes__) == 3  # type: ignore[union-attr]
+    bench = Bench(failing(), policy=policy.model_copy(update={"total_timeout_s": 11.0}), deadline=1_060.0)
+    bench.run()
+    assert bench.starts == [0, 5, 10]
+
+
 # Hand-back --------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -179,3 +181,72 @@ def test_validated_values_reach_the_step() -> None:
         return type(n).__name__
 
     assert kind("7") == "int"  # type: ignore[arg-type]
+
+
+def test_the_total_timeout_stops_a_plain_call_that_still_runs() -> None:
+    @pw.step(max_retries=None, retry_delay=0.01, total_timeout=0.05)
+    async def waits() -> None:
+        if pw.current_step().attempt < 3:
+            raise ConnectionError("refused")
+        await asyncio.sleep(60)
+
+    with pytest.raises(
+        pw.StepTimeoutError, match="attempt 3 was stopped as its total_timeout of 50ms was over"
+    ) as caught:
+        asyncio.run(waits())
+    assert len(caught.value.__notes__) == 3
+
+
+def test_the_total_timeout_stops_sync_code_too() -> None:
+    @pw.step(max_retries=None, total_timeout=0.03)
+    def spins() -> None:
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:
+                pass
+
+    with pytest.raises(pw.StepTimeoutError, match="total_timeout of 30ms"):
+        spins()
+
+
+def test_the_deadline_that_a_step_sees_is_the_smallest_of_all() -> None:
+    seen: list[float] = []
+
+    @pw.step(timeout=60, total_timeout=5)
+    def inner() -> None:
+        deadline = pw.current_step().deadline
+        assert deadline is not None
+        seen.append(deadline.timestamp() - time.time())
+
+    @pw.step(timeout=2)
+    def outer() -> None:
+        inner()
+
+    inner()
+    outer()
+    assert 4 < seen[0] <= 5
+    assert 1 < seen[1] <= 2
+
+
+def test_an_inline_step_begins_no_wait_that_ends_after_its_callers_timeout() -> None:
+    @pw.step(max_retries=3, retry_delay=30)
+    def inner() -> None:
+        raise ConnectionError("refused")
+
+    @pw.step(timeout=10)
+    def outer() -> None:
+        inner()
+
+    began = time.monotonic()
+    with pytest.raises(ConnectionError):
+        outer()
+    assert time.monotonic() - began < 5
+
+
+def test_a_sync_step_with_a_total_timeout_off_the_main_thread_says_what_to_do() -> None:
+    @pw.step(total_timeout=60)
+    def quick() -> None: ...
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(pw.ConfigurationError, match=r"total_timeout=1m.*main thread"):
+        pool.submit(quick).result()
