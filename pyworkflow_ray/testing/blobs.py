@@ -6,7 +6,10 @@ import hashlib
 
 
 class MemoryBlobs:
-    """Keeps spilled payloads and snapshots by their SHA-256."""
+    """Keeps spilled payloads and snapshots by their SHA-256; to a handle it is the run's storage."""
+
+    storage_id = "memory"
+    root = "memory"
 
     def __init__(self) -> None:
         self.blobs: dict[str, bytes] = {}
