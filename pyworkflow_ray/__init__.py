@@ -32,6 +32,7 @@ _HOMES: dict[str, str] = {
     "Workflow": "pyworkflow_ray.workflow",
     "resource": "pyworkflow_ray.execution.resource",
     "classify": "pyworkflow_ray.resilience.taxonomy",
+    "on_retry": "pyworkflow_ray.execution.hooks",
     "register_kind": "pyworkflow_ray.resilience.taxonomy",
     "CircuitBreaker": "pyworkflow_ray.breaker",
     "first_success": "pyworkflow_ray.batch",
@@ -88,7 +89,6 @@ _LATER: dict[str, str] = {
     "RetryBudget": "limit retries a step with max_retries",
     "health": "",
     "on_breaker_open": "",
-    "on_retry": "",
     "on_run_failed": "",
     "pause": "",
     "rerun": "start a new run",
@@ -126,6 +126,7 @@ __all__ = [
     "init",
     "list_runs",
     "now",
+    "on_retry",
     "random",
     "recover",
     "register_kind",
@@ -166,6 +167,7 @@ if TYPE_CHECKING:
         StepTimeoutError,
         StorageError,
     )
+    from pyworkflow_ray.execution.hooks import on_retry
     from pyworkflow_ray.execution.resource import resource
     from pyworkflow_ray.resilience.taxonomy import classify, register_kind
     from pyworkflow_ray.runs import (

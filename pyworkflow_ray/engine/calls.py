@@ -61,6 +61,7 @@ class StepCall:
     deadline: float | None = None
     trace_id: str = ""
     kinds: dict[str, Kind] = field(default_factory=dict)  # of exception types that the run's starter registered
+    hooks: dict[str, list[CodeRef]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -371,6 +371,7 @@ class Driver:
             deadline=None if event.compensates else self._deadline(),
             trace_id=created.trace_id,
             kinds=created.kinds,
+            hooks=created.hooks,
         )
         self._gate(Dispatch(call))
 

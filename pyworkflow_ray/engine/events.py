@@ -142,6 +142,7 @@ class RunCreated(Event):
     trace_id: str = ""
     breakers: dict[str, dict[str, Any]] = Field(default_factory=dict)
     kinds: dict[str, Kind] = Field(default_factory=dict)  # registered exception types, by "module:qualname"
+    hooks: dict[str, list[CodeRef]] = Field(default_factory=dict)  # functions to be told: "retry", "run_failed", ...
 
 
 class RunActivated(Event):

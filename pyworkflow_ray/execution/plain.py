@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from pyworkflow_ray.errors import ConfigurationError
-from pyworkflow_ray.execution.attempts import Ended, Guard, Plan, RunAttempt, attempts
+from pyworkflow_ray.execution.attempts import Ended, FailedAttempt, Guard, Plan, RunAttempt, attempts
 from pyworkflow_ray.execution.breakers import CircuitGuard, declared, kept_apart
 from pyworkflow_ray.execution.context import StepContext, instant, plain_scope, running_step
 from pyworkflow_ray.execution.definitions import StepDefinition
+from pyworkflow_ray.execution.hooks import hooked
 from pyworkflow_ray.execution.perform import Work, drive, drive_async
-from pyworkflow_ray.execution.worker import RNG
+from pyworkflow_ray.execution.worker import RNG, tell_retry
 
 _no_waits: contextvars.ContextVar[bool] = contextvars.ContextVar("pyworkflow_ray_no_waits", default=False)
 
@@ -87,6 +88,7 @@ class _PlainCall:
             no_retry_on=step.no_retry_on,
             delay_of=step.delay_of,
             deadline=_end_of(self.outer),
+            on_failed=self.failed if hooked("retry") else None,
             guarded=guard is not None,
             where=f"run {self.outer.run_id}" if self.outer is not None and self.outer.run_id else "",
         )
@@ -103,6 +105,13 @@ class _PlainCall:
             waits=not _no_waits.get(),
             passes_through=True,
         )
+
+    def failed(self, failure: FailedAttempt) -> None:
+        outer = self.outer
+        if failure.delay_s is not None and outer is not None:
+            tell_retry(failure, self.step.name, outer.run_id, outer.workflow, outer.position)
+        elif failure.delay_s is not None:
+            tell_retry(failure, self.step.name, None, None, None)
 
     def context(self, command: RunAttempt) -> StepContext:
         outer, timeout_s = self.outer, command.timeout_s

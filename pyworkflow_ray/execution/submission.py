@@ -15,6 +15,7 @@ from pyworkflow_ray.engine.events import CodeEnvironment, Payload, RunCreated
 from pyworkflow_ray.execution.breakers import declared_settings
 from pyworkflow_ray.execution.code import describe_workflow
 from pyworkflow_ray.execution.definitions import WorkflowDefinition
+from pyworkflow_ray.execution.hooks import describe_hooks
 from pyworkflow_ray.ids import new_id, new_run_id, trace_id
 from pyworkflow_ray.resilience.taxonomy import registered_kinds
 
@@ -62,6 +63,7 @@ def make_created(
         max_recoveries=definition.max_recoveries,
         breakers=declared_settings(),
         kinds=registered_kinds(),
+        hooks=describe_hooks(),
         trace_id=trace_id(uid),
     )
 

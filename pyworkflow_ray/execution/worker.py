@@ -26,6 +26,7 @@ from pyworkflow_ray.errors import StepFailedError
 from pyworkflow_ray.execution.attempts import Ended, FailedAttempt, Guard, Plan, RunAttempt, attempts, message_of
 from pyworkflow_ray.execution.context import StepContext, instant, scope_of
 from pyworkflow_ray.execution.definitions import StepDefinition
+from pyworkflow_ray.execution.hooks import RetryEvent, adopt_hooks, hooked, tell
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.perform import Work, drive, drive_async
 from pyworkflow_ray.execution.worker_loop import WorkerLoop, worker_loop
@@ -148,6 +149,7 @@ class _Execution:
         self.rng = rng
         self.sleep = sleep
         adopt_kinds(call.kinds)
+        adopt_hooks(call.hooks, codec.decode)
         self.scope = scope_of(call)
         self.key = self.scope.key
         self.records: list[AttemptFailed] = []
@@ -249,6 +251,9 @@ class _Execution:
         if len(self.records) > MAX_RECORDS:
             del self.records[MAX_RECORDS // 2]
         self.report(record)
+        if failure.delay_s is not None and hooked("retry"):
+            call = self.call
+            tell_retry(failure, call.step, call.run_id, call.workflow, call.position)
 
     def error_info(self, error: BaseException) -> ErrorInfo:
         _trim(error)
@@ -284,6 +289,24 @@ class _Execution:
             worker=self.worker,
             node=self.node,
         )
+
+
+def tell_retry(
+    failure: FailedAttempt, step: str, run_id: str | None, workflow: str | None, position: str | None
+) -> None:
+    """Another attempt follows this one: tell the hooks."""
+    event = RetryEvent(
+        step=step,
+        attempt=failure.attempt,
+        kind=failure.kind,
+        error=failure.error,
+        delay=failure.delay_s or 0.0,
+        reason=failure.delay_reason or "",
+        run_id=run_id,
+        workflow=workflow,
+        position=position,
+    )
+    tell("retry", event)
 
 
 def _raisable(error: BaseException) -> BaseException:

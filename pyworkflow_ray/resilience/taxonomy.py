@@ -127,6 +127,7 @@ def register_kind(exc_type: type[BaseException], kind: Kind) -> None:
     """
     with_kind({}, exc_type, kind)
     _own_kinds[_name_of(exc_type)] = kind
+    _adopted.pop(_name_of(exc_type), None)
     _refresh()
 
 

@@ -14,7 +14,6 @@ LATER = [
     "RetryBudget",
     "health",
     "on_breaker_open",
-    "on_retry",
     "on_run_failed",
     "pause",
 ]
