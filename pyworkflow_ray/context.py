@@ -18,7 +18,7 @@ from typing import Any
 from pyworkflow_ray.durations import Duration, parse_duration
 from pyworkflow_ray.engine.loop import current_workflow
 from pyworkflow_ray.errors import ConfigurationError
-from pyworkflow_ray.execution.context import RunContext, StepContext, running_step
+from pyworkflow_ray.execution.context import RunContext, StepContext, no_sleep, running_step
 
 
 def current_step() -> StepContext:
@@ -103,7 +103,7 @@ def sleep(duration: Duration) -> Awaitable[None]:
         return workflow.sleep(seconds)
     step = running_step()
     if _in_event_loop() and (step is None or step._is_async):
-        return asyncio.sleep(seconds)
+        return asyncio.sleep(0 if step is not None and step._sleep is no_sleep else seconds)
     (time.sleep if step is None else step._sleep)(seconds)
     return _Over()
 

@@ -145,6 +145,10 @@ def entered(context: StepContext) -> Iterator[None]:
         _step.reset(token)
 
 
+def no_sleep(seconds: float) -> None:
+    """What a sleep in a step is within `testing.no_waits`."""
+
+
 def outside_step(function: Callable[[], Any]) -> Any:
     """Call it in a context in which no step is running."""
 

@@ -22,7 +22,7 @@ from typing import Any
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.attempts import Ended, FailedAttempt, Guard, Plan, RunAttempt, attempts
 from pyworkflow_ray.execution.breakers import CircuitGuard, declared, kept_apart
-from pyworkflow_ray.execution.context import StepContext, instant, plain_scope, running_step
+from pyworkflow_ray.execution.context import StepContext, instant, no_sleep, plain_scope, running_step
 from pyworkflow_ray.execution.definitions import StepDefinition
 from pyworkflow_ray.execution.hooks import hooked
 from pyworkflow_ray.execution.perform import Work, drive, drive_async
@@ -67,7 +67,7 @@ class _PlainCall:
         self.clock: Callable[[], float] = self.outer._clock if self.outer is not None else time.time
         self.sleep: Callable[[float], Any] = self.outer._sleep if self.outer is not None else time.sleep
         if _no_waits.get():
-            self.sleep = _no_sleep
+            self.sleep = no_sleep
 
     def run(self) -> Any:
         guard = guard_of(self.step)
@@ -177,7 +177,3 @@ def _value(ended: Ended) -> Any:
         finally:
             del ended  # no cycle of frame and exception
     return ended.value
-
-
-def _no_sleep(seconds: float) -> None:
-    """Sleeps for `testing.no_waits`."""

@@ -376,6 +376,8 @@ class WorkflowEnv:
 
     async def settle_run(self, owner: Owner) -> None:
         """Drive the loop until the run has ended, is paused, or can't go on."""
+        if owner.settled.done():
+            return
         self._check_outside()
         try:
             await self.loop.drive_async(owner.settled)
@@ -384,6 +386,8 @@ class WorkflowEnv:
         self._check_crashed(owner)
 
     def settle_run_blocking(self, owner: Owner, seconds: float | None) -> None:
+        if owner.settled.done():
+            return
         self._check_outside()
         try:
             self.loop.drive(owner.settled, not_after=None if seconds is None else self.loop.time() + seconds)

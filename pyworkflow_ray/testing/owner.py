@@ -119,8 +119,8 @@ class Owner:
     def _control(self, cause: Any, do: Callable[[Driver], None]) -> None:
         if self._driver is None and (self._parked_until is not None or (self.paused is not None and cause == "cancel")):
             self._reopen()
-            self._activate(cause)
-        if self._driver is not None:
+            self._activate(cause, then=do)
+        elif self._driver is not None:
             self._input(self._driver, do)
 
     def _retry_now(self, driver: Driver) -> None:
@@ -136,7 +136,15 @@ class Owner:
 
     # Activations -------------------------------------------------------------------------------------------------
 
-    def _activate(self, cause: Any, *, charged: bool = False, resets: list[str] | None = None) -> None:
+    def _activate(
+        self,
+        cause: Any,
+        *,
+        charged: bool = False,
+        resets: list[str] | None = None,
+        then: Callable[[Driver], None] | None = None,
+    ) -> None:
+        """Replay the history and go on from its end; `then` is the first input, before the run may park again."""
         self._epoch += 1
         self._parked_until = None
         self._cancel_timer()
@@ -147,6 +155,8 @@ class Owner:
             epoch=self._epoch, cause=cause, charged=charged, worker="test", node="test", resets=resets or []
         )
         driver.activate(self.store.events(), activation, self._now())
+        if then is not None:
+            then(driver)
         self._carry_out(driver)
 
     def _input(self, driver: Driver, give: Callable[[Driver], None]) -> None:
