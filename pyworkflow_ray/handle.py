@@ -120,17 +120,17 @@ class RunHandle(Generic[R]):
 
     async def _value_async(self) -> R:
         client = client_of(self._storage)
-        if not self.done():
-            if client is None:
-                while not self.done():
-                    await asyncio.sleep(POLL_S)
-            else:
-                future = client.ended(self.run_id)
-                try:
-                    if not self.done():  # asked again once we are told of its end: it may have come just before
-                        await asyncio.wrap_future(future)
-                finally:
-                    client.forget(self.run_id, future)
+        if client is None:
+            while not self.done():
+                await asyncio.sleep(POLL_S)
+            return self._value()
+        follower = client.follower
+        future = follower.ended(self.run_id)
+        try:
+            if follower.certain(self.run_id) or not self.done():  # looked at once we are told of its end, not before
+                await asyncio.wrap_future(future)
+        finally:
+            follower.forget(self.run_id, future)
         return self._value()
 
     def cancel(self, reason: str | None = None) -> None:
@@ -150,15 +150,16 @@ class RunHandle(Generic[R]):
         if client is None:
             self._poll(seconds)
             return
-        future = client.ended(self.run_id)
+        follower = client.follower
+        future = follower.ended(self.run_id)
         try:
-            if not self.done():  # asked once we are told of its end: what came before is not told again
+            if follower.certain(self.run_id) or not self.done():  # looked at once we are told of its end, not before
                 future.result(seconds)
         except TimeoutError:
             if not self.done():
                 raise TimeoutError(f"run {self.run_id!r} has not ended after {seconds} s; it goes on") from None
         finally:
-            client.forget(self.run_id, future)
+            follower.forget(self.run_id, future)
 
     def _poll(self, seconds: float | None) -> None:
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -168,6 +169,10 @@ class RunHandle(Generic[R]):
             time.sleep(POLL_S)
 
     def _value(self) -> R:
+        client = client_of(self._storage)
+        told = client.follower.result_of(self.run_id) if client is not None else None
+        if told is not None:
+            return cast(R, codec_of(self._storage).decode(told))
         history = self._history()
         error = self._error(history)
         if error is not None:

@@ -223,9 +223,12 @@ def as_completed(handles: Iterable[RunHandle[R]], timeout: Duration | None = Non
     futures: list[tuple[RunHandle[R], Future[None]]] = []
     try:
         for handle in waiting:
-            future = client.ended(handle.run_id)
+            future = client.follower.ended(handle.run_id)
             futures.append((handle, future))
-            future.add_done_callback(lambda _, handle=handle: ended.put(handle))  # type: ignore[misc]
+            if client.follower.certain(handle.run_id) or not handle.done():
+                future.add_done_callback(lambda _, handle=handle: ended.put(handle))  # type: ignore[misc]
+            else:
+                ended.put(handle)
         for left in range(len(waiting), 0, -1):
             try:
                 yield ended.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -233,7 +236,7 @@ def as_completed(handles: Iterable[RunHandle[R]], timeout: Duration | None = Non
                 raise TimeoutError(f"{left} of {len(waiting)} runs have not ended in time; they go on") from None
     finally:
         for handle, future in futures:
-            client.forget(handle.run_id, future)
+            client.follower.forget(handle.run_id, future)
 
 
 def _as_completed_by_polling(waiting: list[RunHandle[R]], deadline: float | None) -> Iterator[RunHandle[R]]:

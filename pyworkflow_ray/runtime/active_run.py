@@ -33,6 +33,8 @@ from pyworkflow_ray.runtime.messages import Assignment, RunReport
 
 log = logging.getLogger("pyworkflow_ray.run")
 
+_TOLD_BYTES = 4096  # a larger result is read from the storage by whoever wants it
+
 
 class Executor(Protocol):
     """Who executes the step calls of a run."""
@@ -221,7 +223,8 @@ class ActiveRun:
                 log.warning("%s", event.message)
                 self._end(RunReport(self.run_id, "paused", message=event.message, epoch=self.epoch))
             case Finish(event):
-                self._end(RunReport(self.run_id, "finished", status=status_of_end(event), epoch=self.epoch))
+                status, result = status_of_end(event), small_result(event)
+                self._end(RunReport(self.run_id, "finished", status=status, epoch=self.epoch, result=result))
 
     def _end(self, report: RunReport) -> None:
         if self.report is not None:
@@ -243,6 +246,13 @@ def status_of_end(event: Event) -> str:
     if isinstance(event, RunCompleted):
         return "completed"
     return "failed" if isinstance(event, RunFailed) else "cancelled"
+
+
+def small_result(event: Event) -> bytes | None:
+    """The result of a completed run, as its journal holds it, where it is small enough to be told with its end."""
+    if isinstance(event, RunCompleted) and event.result.size <= _TOLD_BYTES:
+        return event.result.model_dump_json().encode()
+    return None
 
 
 def was_lost(events: list[Event]) -> bool:

@@ -1,7 +1,7 @@
 """The client: one a process and storage. Reaches the controller, makes it where there is none, waits for runs.
 
-Called by the api (`runs.py`) through `connect`, `current` and `shutdown`; calls `embedded`, the controller, and the
-storage for everything that has ended. Threads: the api's, and one watcher that has a long poll at the controller.
+Called by the api (`runs.py`) through `connect`, `current` and `shutdown`; calls `embedded` and the controller;
+`following` waits for runs. Threads: the api's.
 
 Faults: a controller that is killed and comes back (every call is made again, each may be repeated without harm); runs
 that another Ray owns (they are looked up in the storage); a Ray that was shut down under us.
@@ -13,7 +13,6 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from pyworkflow_ray.execution.environment import capture_environment
 from pyworkflow_ray.runtime.controller import GROUPS, Controller
 from pyworkflow_ray.runtime.dispatcher import make_anchor
 from pyworkflow_ray.runtime.embedded import ensure_ray
-from pyworkflow_ray.runtime.messages import NAMESPACE, RuntimeConfig, Submitted, controller_name
+from pyworkflow_ray.runtime.following import Follower
+from pyworkflow_ray.runtime.messages import NAMESPACE, Cursor, News, RuntimeConfig, Submitted, controller_name
 from pyworkflow_ray.runtime.process import set_log_level
 from pyworkflow_ray.runtime.typed_ray import as_actor, cluster_resources
 from pyworkflow_ray.storage.codec import StorageCodec
@@ -36,16 +36,8 @@ from pyworkflow_ray.storage.storage import Storage
 log = logging.getLogger("pyworkflow_ray")
 
 _CALL_AGAIN_S = 60.0  # how long a controller may be away before a call gives up
-_POLL_S = 1.0
-_FOREIGN_POLL_S = 0.3
+_SUBMITTED_AT_ONCE = 200
 _AWAY = (rx.ActorUnavailableError, rx.ActorDiedError, rx.GetTimeoutError)
-
-
-@dataclass(slots=True)
-class _Waiter:
-    future: Future[None]
-    checked_at: float = 0.0
-    foreign: bool = False
 
 
 class Client:
@@ -59,15 +51,11 @@ class Client:
         self.environment = environment
         self.owns_ray = owns_ray
         self.codec = StorageCodec(storage, allow_pickle=config.allow_pickle)
-        self._lock = threading.Lock()
         self._controller: Any = None
-        self._waiters: dict[str, list[_Waiter]] = {}
-        self._wake = threading.Event()
         self._closed = False
         self._cpus = max(1, int(cluster_resources().get("CPU", 1)))
         self._controller = self._find_or_make()
-        self._thread = threading.Thread(target=self._watch_loop, name="pyworkflow-ray-watch", daemon=True)
-        self._thread.start()
+        self.follower = Follower(storage, watch=self._watch, states=self._states)
 
     # The controller ---------------------------------------------------------------------------------------------
 
@@ -124,110 +112,31 @@ class Client:
     def submit(self, events: list[RunCreated]) -> list[Submitted]:
         """Make the runs durable. In order of `events`."""
         answers: list[Submitted] = []
-        for start in range(0, len(events), 200):
-            answers += self.call("submit", events[start : start + 200])
+        for start in range(0, len(events), _SUBMITTED_AT_ONCE):
+            part = events[start : start + _SUBMITTED_AT_ONCE]
+            run_ids = [event.run_id for event in part]
+            unbroken = self.follower.announce(run_ids)
+            try:
+                made = self.call("submit", part)
+                self.follower.submitted([answer.run_id for answer in made if answer.what == "created"], unbroken)
+                answers += made
+            finally:
+                self.follower.withdraw(run_ids)
         return answers
 
-    # Waiting ----------------------------------------------------------------------------------------------------
+    def _watch(self, cursor: Cursor | None, timeout_s: float, gather_s: float) -> Future[News]:
+        self._needs_ray()
+        news: Future[News] = self._controller.watch.remote(cursor, timeout_s, gather_s).future()
+        return news
 
-    def ended(self, run_id: str) -> Future[None]:
-        """A future that is done once the run has ended (or can't be followed: reading it then says why)."""
-        waiter = _Waiter(Future())
-        with self._lock:
-            self._waiters.setdefault(run_id, []).append(waiter)
-        self._wake.set()
-        return waiter.future
+    def _states(self, run_ids: list[str]) -> dict[str, str]:
+        self._needs_ray()
+        states: dict[str, str] = ray.get(self._controller.states.remote(run_ids), timeout=10.0)
+        return states
 
-    def forget(self, run_id: str, future: Future[None]) -> None:
-        """Nobody waits for this future any more."""
-        with self._lock:
-            left = [w for w in self._waiters.get(run_id, []) if w.future is not future]
-            if left:
-                self._waiters[run_id] = left
-            else:
-                self._waiters.pop(run_id, None)
-
-    def _watch_loop(self) -> None:
-        cursor: tuple[str, int] | None = None
-        while not self._closed:
-            if not self._waiters:
-                self._wake.wait(1.0)
-                self._wake.clear()
-                if not self._waiters:
-                    cursor = None  # nothing was watched: what was missed is looked up
-                    continue
-            try:
-                news = ray.get(self._controller.watch.remote(cursor, _POLL_S), timeout=_POLL_S + 10.0)
-            except Exception as error:
-                log.debug("watching: %s", error)
-                cursor = None
-                self._look_at_all()
-                time.sleep(0.05)
-                continue
-            cursor = news.cursor
-            if news.reset:
-                self._look_at_all()
-                continue
-            for run_id, what in news.changes:
-                if what in ("completed", "failed", "cancelled", "damaged"):
-                    self._release(run_id)
-                elif what == "fenced":
-                    self._mark_foreign(run_id)
-            self._look_at_new()
-
-    def _look_at_all(self) -> None:
-        with self._lock:
-            for waiters in self._waiters.values():
-                for waiter in waiters:
-                    waiter.checked_at = 0.0
-        self._look_at_new()
-
-    def _look_at_new(self) -> None:
-        """Look up runs that were not looked at since they are waited for, and foreign ones again and again."""
-        now = time.monotonic()
-        with self._lock:
-            chosen = [
-                run_id
-                for run_id, waiters in self._waiters.items()
-                if any(not w.checked_at or (w.foreign and now - w.checked_at > _FOREIGN_POLL_S) for w in waiters)
-            ]
-        if not chosen:
-            return
-        known: dict[str, str] | None
-        try:
-            known = ray.get(self._controller.states.remote(chosen), timeout=10.0)
-        except Exception:
-            known = None
-        for run_id in chosen:
-            if known is not None and run_id in known:
-                self._checked(run_id, foreign=False)
-            elif self._has_ended(run_id):
-                self._release(run_id)
-            else:
-                self._checked(run_id, foreign=True)
-
-    def _has_ended(self, run_id: str) -> bool:
-        try:
-            return self.storage.read_run(run_id).finished
-        except StorageError:
-            return True  # reading it again tells the caller
-        except PyWorkflowError:
-            return True
-
-    def _checked(self, run_id: str, *, foreign: bool) -> None:
-        with self._lock:
-            for waiter in self._waiters.get(run_id, []):
-                waiter.checked_at, waiter.foreign = time.monotonic(), foreign
-
-    def _mark_foreign(self, run_id: str) -> None:
-        self._checked(run_id, foreign=True)
-
-    def _release(self, run_id: str) -> None:
-        with self._lock:
-            waiters = self._waiters.pop(run_id, [])
-        for waiter in waiters:
-            if not waiter.future.done():
-                waiter.future.set_result(None)
+    def _needs_ray(self) -> None:
+        if not ray.is_initialized():  # asked, it would start a cluster
+            raise ConnectionError("Ray has been shut down")
 
     # End --------------------------------------------------------------------------------------------------------
 
@@ -241,7 +150,7 @@ class Client:
             except Exception as error:
                 log.debug("draining: %s", error)
         self._closed = True
-        self._wake.set()
+        self.follower.close()
         if self.owns_ray and ray.is_initialized():
             ray.shutdown()
 

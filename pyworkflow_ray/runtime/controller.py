@@ -26,12 +26,13 @@ from pyworkflow_ray.engine.events import CodeEnvironment, RunCreated
 from pyworkflow_ray.errors import FencedError, RunExistsError, StorageError
 from pyworkflow_ray.runtime import rebuild, taking
 from pyworkflow_ray.runtime.dispatcher import Dispatcher, Known
-from pyworkflow_ray.runtime.messages import Assignment, News, RunReport, RuntimeConfig, Submitted
+from pyworkflow_ray.runtime.messages import Assignment, Cursor, News, RunReport, RuntimeConfig, Submitted
 from pyworkflow_ray.runtime.submission import difference
 from pyworkflow_ray.storage.lease import Lease
 
 log = logging.getLogger("pyworkflow_ray.controller")
 
+_GATHERED = 64  # news that are worth a message at once
 GROUPS = {"submit": 4, "watch": 16, "control": 4}
 
 
@@ -121,18 +122,23 @@ class Controller(Dispatcher):
         return Submitted(event.run_id, "refused", error=RunExistsError(text, run_id=event.run_id))
 
     @ray.method(concurrency_group="watch")
-    def watch(self, cursor: tuple[str, int] | None, timeout_s: float) -> News:
-        """What became of runs since `cursor`; waits up to `timeout_s` for something."""
+    def watch(self, cursor: Cursor | None, timeout_s: float, gather_s: float) -> News:
+        """What became of runs since `cursor`; waits up to `timeout_s` for something, then `gather_s` for more."""
         with self.lock:
             if cursor is None or cursor[0] != self.me or self.told - cursor[1] > len(self.news):
                 return News((self.me, self.told), [], reset=True)
             if cursor[1] == self.told:
                 self.changed.wait_for(lambda: self.told > cursor[1], timeout=timeout_s)
+            if gather_s and self.told > cursor[1]:
+                self.changed.wait_for(lambda: self.told > cursor[1] + _GATHERED, timeout=gather_s)
             new = self.told - cursor[1]
             if new > len(self.news):
                 return News((self.me, self.told), [], reset=True)
             changes = [self.news[i] for i in range(len(self.news) - new, len(self.news))]
-            return News((self.me, self.told), changes)
+            told = [
+                (run_id, what, self.results.get(run_id) if what == "completed" else None) for run_id, what in changes
+            ]
+            return News((self.me, self.told), told)
 
     @ray.method(concurrency_group="control")
     def states(self, run_ids: list[str] | None = None) -> dict[str, str]:

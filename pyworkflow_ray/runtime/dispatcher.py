@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 import uuid
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,7 @@ from pyworkflow_ray.storage.lease import Lease
 log = logging.getLogger("pyworkflow_ray.controller")
 
 _KEPT_NEWS = 100_000
+_KEPT_RESULTS = 4_000
 _TICK_S = 1.0  # the clock may jump: due times are compared so often
 _START_FAILURES = 4
 
@@ -74,6 +75,7 @@ class Dispatcher:
         self.rebuilt = True
         self.draining = False
         self.news: deque[tuple[str, str]] = deque(maxlen=_KEPT_NEWS)
+        self.results: OrderedDict[str, bytes] = OrderedDict()  # of runs that completed lately
         self.told = 0
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_count = 0
@@ -312,6 +314,10 @@ class Dispatcher:
         match report.what:
             case "finished" | "fenced" | "damaged":
                 self.runs.pop(report.run_id)
+                if report.result is not None:
+                    self.results[report.run_id] = report.result
+                    if len(self.results) > _KEPT_RESULTS:
+                        self.results.popitem(last=False)
                 self.tell_locked(report.run_id, report.status or report.what)
             case "parked":
                 known.state, known.due_at, known.failures = "parked", report.due_at, 0

@@ -14,6 +14,8 @@ NAMESPACE = "pyworkflow_ray"
 CONTROLLER = "controller"
 ANCHOR = "anchor"
 
+Cursor = tuple[str, int]  # of the news of one controller
+Change = tuple[str, str, bytes | None]  # run id, what became of it, and of a completed run a small result (a Payload)
 Cause = Literal["start", "recovery", "wake", "resume", "cancel"]
 
 
@@ -67,7 +69,8 @@ class Assignment:
 class RunReport:
     """What became of an assignment.
 
-    finished: `status` is completed, failed or cancelled. parked: until `due_at`. paused: `message` says why.
+    finished: `status` is completed, failed or cancelled; `result` is the recorded `Payload` of a completed one
+    (JSON), where it is small. parked: until `due_at`. paused: `message` says why.
     fenced: another owner has the run. unstarted: given back untouched. damaged: its journal can't be read.
     broken: the storage or our own code failed; to be tried again, `charged` tells whether it counts.
     """
@@ -79,6 +82,7 @@ class RunReport:
     epoch: int = -1
     message: str = ""
     charged: bool = False
+    result: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -109,8 +113,8 @@ class Submitted:
 class News:
     """Answer to a watch: transitions since the cursor. reset: they are not all known any more, look for yourself."""
 
-    cursor: tuple[str, int]
-    changes: list[tuple[str, str]]
+    cursor: Cursor
+    changes: list[Change]
     reset: bool = False
 
 

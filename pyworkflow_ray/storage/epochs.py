@@ -100,7 +100,8 @@ class Accepted:
 
     records: (epoch, body) of each event, in order; seq is the index. newest, lease: the newest epoch and whose it is.
     open_parts: the epochs that no seal covers yet, ascending, up to the newest: what the next owner must seal.
-    torn: why the tail was cut, "" where nothing was. prefixes: what counts of each epoch's file.
+    torn: why the tail was cut, "" where nothing was. prefixes: what counts of each epoch's file. chain: of the newest
+    epoch, after what counts of it.
     """
 
     records: list[tuple[int, bytes]] = field(default_factory=list)
@@ -109,6 +110,7 @@ class Accepted:
     newest: int = -1
     lease: str = ""
     torn: str = ""
+    chain: int = 0
 
     @property
     def settled(self) -> bool:
@@ -154,7 +156,7 @@ def assemble(files: Mapping[int, bytes], storage_id: str, run_id: str) -> Accept
         if epoch.decoded.end == "torn" and number not in limits and not accepted.torn:
             accepted.torn = f"epoch {number}: {epoch.decoded.detail}"
     _number_events(accepted, epochs, limits, run_id)
-    accepted.lease = epochs[newest].lease
+    accepted.lease, accepted.chain = epochs[newest].lease, epochs[newest].decoded.chain
     for number in range(newest + 1):
         prefix = files[number][: epochs[number].decoded.length]
         accepted.prefixes[number] = prefix

@@ -41,7 +41,6 @@ from pyworkflow_ray.storage.record import (
     Head,
     Seal,
     chain_start,
-    decode_records,
     encode_record,
     event_body,
     head_body,
@@ -171,6 +170,7 @@ class Journal:
         self._fd = fd
         self._chain = chain
         self._on_finish = on_finish
+        self._harmless: list[str] = []  # the last listing of the directory: nothing in it overtakes this epoch
 
     def append(self, events: Sequence[Event]) -> Future[int]:
         """Write `events` as one commit; the future holds the durable seq, or why there is none.
@@ -212,7 +212,7 @@ class Journal:
             failpoint("journal.before_sync")
             disk.fdatasync(self._fd)
             failpoint("journal.before_fence")
-            layout = self._place.layout()
+            names = disk.listdir(self._place.directory)
         except OSError as error:
             self._drop("abandoned")
             raise disk_error(
@@ -221,9 +221,11 @@ class Journal:
                 error,
                 "Nothing of this commit was acknowledged; the run goes on in a new epoch once writes succeed",
             ) from error
-        if layout.overtakes(self.epoch):
-            self._drop("fenced")
-            raise self._refusal()
+        if names != self._harmless:  # a listing that was looked at before needs no second look
+            if read_names(names).overtakes(self.epoch):
+                self._drop("fenced")
+                raise self._refusal()
+            self._harmless = names
         failpoint("journal.before_ack")
 
     def _refusal(self) -> StorageError:
@@ -266,26 +268,28 @@ class Journal:
 
 def continue_first(place: Place, lease: str, on_finish: Callable[[int], None]) -> tuple[Journal, list[Event]]:
     """Epoch 0 for the one run actor it is handed to; see `Storage.activate`."""
-    view = read_view(place)
-    if view.layout.newest > 0 or len(view.events) != 1:
-        raise _handed_out(place)
-    if view.accepted.lease != lease:
-        raise FencedError(
-            f"run {place.run_id!r}: epoch 0 belongs to lease {view.accepted.lease!r}, not {lease!r}", path=place.path(0)
-        )
     try:
         fd = place.disk.open_append(place.path(0))
-        if not place.disk.try_lock(fd):
-            place.disk.close(fd)
-            raise FencedError(f"run {place.run_id!r}: epoch 0 is being written by another owner", path=place.path(0))
+    except FileNotFoundError:
+        read_view(place)  # says what is there instead
+        raise _handed_out(place) from None
     except OSError as error:
         raise disk_error("opening", place.path(0), error) from error
-    # Between the reading above and the lock another owner may have written and gone: look once more, under the lock.
-    if place.disk.read(place.path(0)) != view.files[0]:
+    try:
+        if not place.disk.try_lock(fd):
+            raise FencedError(f"run {place.run_id!r}: epoch 0 is being written by another owner", path=place.path(0))
+        view = read_view(place)  # under the lock: another owner may have written and gone
+        if view.layout.newest > 0 or len(view.events) != 1 or view.accepted.torn:
+            raise _handed_out(place)
+        found = view.accepted.lease
+        if found != lease:
+            raise FencedError(
+                f"run {place.run_id!r}: epoch 0 belongs to lease {found!r}, not {lease!r}", path=place.path(0)
+            )
+        return Journal(place, 0, lease, fd, view.accepted.chain, 0, on_finish), view.events
+    except BaseException:
         place.disk.close(fd)
-        raise _handed_out(place)
-    chain = decode_records(view.files[0], chain_start(place.storage_id, place.run_id, 0)).chain
-    return Journal(place, 0, lease, fd, chain, 0, on_finish), view.events
+        raise
 
 
 def _handed_out(place: Place) -> FencedError:

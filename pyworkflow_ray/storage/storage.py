@@ -191,7 +191,8 @@ class Storage:
             # A taken id is an answer too: what its maker has not synced yet must not vanish after we gave it.
             for shard in sorted({os.path.dirname(self._directory(event.run_id)) for event in events}):
                 self.disk.sync_dir(shard)
-            self.disk.sync_dir(f"{self.root}/active")
+            if len(made) < len(events):
+                self.disk.sync_dir(f"{self.root}/active")
         except OSError as error:
             raise disk_error("creating runs in", self.root, error, "Nothing was acknowledged; try again") from error
         for run_id in fresh.keys() - made:  # our entry may have come after the winner's run had ended
@@ -224,6 +225,8 @@ class Storage:
                     disk.rename(temporary[run_id], self._directory(run_id))
                     made.add(run_id)
             failpoint("create.before_sync_dir")
+            for run_id in made:
+                del temporary[run_id]
             return made
         finally:
             for path in temporary.values():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import flows
 import pytest
-from processes import descendants, end_all, kill, until
+from processes import descendants, end_all, kill, lives, until
 
 import pyworkflow_ray as pw
 from pyworkflow_ray.engine.events import TERMINAL, RunActivated, StepCompleted, StepLost
@@ -129,8 +129,10 @@ def test_runs_of_a_killed_anchor_go_on_and_are_not_charged(tmp_path: Path) -> No
     ledger, gate = tmp_path / "ledger", tmp_path / "gate"
     handle = pw.start(flows.ten, str(ledger), str(gate), 4)
     until(lambda: len(flows.lines(ledger)) == 5, "the gated step runs")
+    owner = owner_of(handle)
     (anchor,) = descendants("ray::Anchor")
     kill(anchor)
+    until(lambda: not lives(owner), "its run actor dies with it")
     gate.touch()
     assert handle.result(120) == 45
     activations = [e for e in handle.events() if isinstance(e, RunActivated)]
