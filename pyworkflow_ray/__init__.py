@@ -35,7 +35,7 @@ _HOMES: dict[str, str] = {
     "on_retry": "pyworkflow_ray.execution.hooks",
     "register_kind": "pyworkflow_ray.resilience.taxonomy",
     "CircuitBreaker": "pyworkflow_ray.breaker",
-    "first_success": "pyworkflow_ray.batch",
+    **dict.fromkeys(("BatchResult", "first_success"), "pyworkflow_ray.batch"),
     **dict.fromkeys(
         (
             "RunHandle",
@@ -66,6 +66,7 @@ _HOMES: dict[str, str] = {
             "ConfigurationError",
             "CorruptJournalError",
             "FatalError",
+            "ItemNotDoneError",
             "NonDeterminismError",
             "PyWorkflowError",
             "RetryBudgetExhausted",
@@ -84,7 +85,6 @@ _HOMES: dict[str, str] = {
 }
 # Names of the public contract that later versions bring.
 _LATER: dict[str, str] = {
-    "BatchResult": "gather the steps: asyncio.gather(..., return_exceptions=True)",
     "HealthReport": "",
     "RetryBudget": "limit retries a step with max_retries",
     "health": "",
@@ -95,11 +95,13 @@ _LATER: dict[str, str] = {
 }
 
 __all__ = [
+    "BatchResult",
     "CircuitBreaker",
     "CircuitOpenError",
     "ConfigurationError",
     "CorruptJournalError",
     "FatalError",
+    "ItemNotDoneError",
     "NonDeterminismError",
     "PyWorkflowError",
     "RetryBudgetExhausted",
@@ -146,7 +148,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from pyworkflow_ray.batch import first_success
+    from pyworkflow_ray.batch import BatchResult, first_success
     from pyworkflow_ray.breaker import CircuitBreaker
     from pyworkflow_ray.context import current_run, current_step, get_logger, now, random, sleep, uuid4
     from pyworkflow_ray.errors import (
@@ -154,6 +156,7 @@ if TYPE_CHECKING:
         ConfigurationError,
         CorruptJournalError,
         FatalError,
+        ItemNotDoneError,
         NonDeterminismError,
         PyWorkflowError,
         RetryableError,

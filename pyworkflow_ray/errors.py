@@ -71,6 +71,18 @@ class RetryableError(PyWorkflowError):
         return self.retry_after
 
 
+class ItemNotDoneError(PyWorkflowError):
+    """Stands for an item of a map that stopped early before the item ended. It may have been executed in part.
+
+    Attributes:
+        index: Of the item in the map.
+    """
+
+    def __init__(self, message: str = "", *, index: int = -1) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 # What the runtime raises for a step -------------------------------------------------------------------------------
 
 

@@ -6,17 +6,17 @@ Called by users. Inside a workflow it calls the engine (`engine.loop.current_wor
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
 
 from pyworkflow_ray.engine.calls import StepRequest
 from pyworkflow_ray.engine.loop import current_workflow
-from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.code import describe_step
 from pyworkflow_ray.execution.definitions import DefinitionError, StepDefinition
 from pyworkflow_ray.execution.options import check_step_options
 
 if TYPE_CHECKING:
+    from pyworkflow_ray.batch import BatchResult
     from pyworkflow_ray.durations import Duration
     from pyworkflow_ray.resilience.policy import Jitter
 
@@ -87,12 +87,51 @@ class Step(Generic[P, R]):
         """
         return Step(self.definition.changed(options))
 
-    def map(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not available in this version."""
-        raise ConfigurationError(
-            f"{self.definition.name}.map is not available in this version; use "
-            f"asyncio.gather(*({self.__name__}(x) for x in items), return_exceptions=True)"
-        )
+    async def map(
+        self,
+        items: Iterable[Any],
+        *,
+        concurrency: int | None = None,
+        chunk_size: int | None = None,
+        max_failures: int | None = None,
+        max_ratio: float | None = None,
+    ) -> BatchResult[R]:
+        """The step for each of many items, in chunks; one bad item never loses the others.
+
+            batch = await thumbnail.map(paths, concurrency=16)
+            batch.raise_if_failed(max_ratio=0.01)
+
+        In a workflow a chunk is one event of the log and one call of a worker, which executes its items one after
+        another, each with the step's own retries, timeout and breaker, and with an idempotency key of its own. After a
+        crash finished chunks are not executed again; a chunk whose worker is lost is executed again in parts, under
+        `max_recoveries`. Items are drawn lazily, also from an endless iterable, and drawn anew on replay: they must
+        come out the same. Waits between an item's attempts keep its worker. Elsewhere the items are plain calls.
+
+        Args:
+            items: One positional argument of the step each.
+            concurrency: Chunks at the same time, ≥ 1 (default 8).
+            chunk_size: Items in a chunk, ≥ 1. Default: a quarter of an even share, up to 1,000, where `items` has a
+                length, else 100; 1 for a step with idempotent=False, whose items are never executed again when their
+                worker is lost.
+            max_failures: Stop early once more items than this have failed; None: never.
+            max_ratio: Stop early once more than this share (0 to 1) has failed: of all items where `items` has a
+                length, else of those done once they are 100; None: never.
+
+        Returns:
+            A `BatchResult`; of a map that stopped early with what was done until then.
+
+        Raises:
+            ConfigurationError: an option is out of range, `items` is no iterable, or the step has
+                on_exhausted="pause" or on_open="wait", which wait for a single step's run and not for an item.
+            TypeError: the step does not take one positional argument.
+        """
+        from pyworkflow_ray import batch
+
+        options = batch.MapOptions.checked(self, items, concurrency, chunk_size, max_failures, max_ratio)
+        engine = current_workflow()
+        if engine is not None:
+            return await batch.map_durably(self, engine, items, options)
+        return await batch.map_plainly(self, items, options)
 
     def remote(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: a step is no Ray function."""
@@ -170,7 +209,7 @@ def step(
     runtime_env: Mapping[str, Any] | None = None,
     scheduling_strategy: Any = None,
     ray_remote_args: Mapping[str, Any] | None = None,
-    on_exhausted: Literal["raise"] = "raise",
+    on_exhausted: Literal["raise", "pause"] = "raise",
     on_open: Literal["raise"] = "raise",
     retry_budget: None = None,
 ) -> StepDecorator: ...
@@ -199,6 +238,9 @@ def step(fn: Any = None, /, **options: Any) -> Any:
         total_timeout: Limit of all attempts and waits together, > 0, from the begin of the first attempt; None: none. A
             wait that cannot end before it is not begun: the step fails at once with the last error. An attempt that
             still runs is stopped with `StepTimeoutError`. Not on a `def` step with `executor="local"`.
+        on_exhausted: "raise": a step whose attempts or total timeout are used up fails. "pause": its run pauses for a
+            person, once what else it executes has ended; `pw.resume(run_id)` grants a fresh set of attempts, by the
+            options that the code then gives. A plain call raises in both cases.
         breaker: A `CircuitBreaker` or its name.
         idempotent: False: an attempt whose outcome is unknown is never repeated; the workflow gets `StepLostError`.
         max_recoveries: Executions again after a lost worker, node, or out of memory, ≥ 0 (default 3).

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pyworkflow_ray.engine.events import AttemptFailed, CodeRef, ErrorInfo, Kind, Payload
+from pyworkflow_ray.engine.events import AttemptFailed, CodeRef, ErrorInfo, ItemFailure, Kind, Payload
 from pyworkflow_ray.resilience.policy import RetryPolicy
 
 
@@ -21,6 +21,36 @@ class PreviousFailure:
     type: str
     message: str
     delay: float | None
+
+
+@dataclass(slots=True, frozen=True)
+class ChunkCall:
+    """The items of a map's chunk.
+
+    items: one payload of them all (`packed`), or one an item, of which an error is that of an item that can't be sent.
+    digest: of all items, None where their encoding is not canonical. stop_after: end the chunk once more of its items
+    have failed; None: never.
+    """
+
+    first: int
+    count: int
+    items: list[Payload] | list[Payload | ErrorInfo]
+    packed: bool
+    digest: str | None = None
+    stop_after: int | None = None
+
+
+@dataclass(slots=True)
+class ChunkResult:
+    """What came of a chunk; the fields are those of `ChunkCompleted`."""
+
+    done: int
+    results: Payload | None
+    single: bool
+    failures: list[ItemFailure]
+    errors: list[ErrorInfo]
+    retried: dict[str, int]
+    items: str | None
 
 
 @dataclass(slots=True)
@@ -60,6 +90,7 @@ class StepCall:
     began_at: float | None = None
     deadline: float | None = None
     trace_id: str = ""
+    chunk: ChunkCall | None = None  # of a map; `position` is then the chunk's
     kinds: dict[str, Kind] = field(default_factory=dict)  # of exception types that the run's starter registered
     hooks: dict[str, list[CodeRef]] = field(default_factory=dict)
 
@@ -88,12 +119,17 @@ class Outcome:
     breaker_generation: int = 0
     worker: str = ""
     node: str = ""
+    chunk: ChunkResult | None = None
 
 
 class Codec(Protocol):
     """Encodes values for the log and decodes them: exact round trip, or `PayloadError`. Implemented by storage."""
 
     def encode(self, value: Any) -> Payload: ...
+
+    def pack(self, value: Any) -> Payload:
+        """As `encode`, for a value that travels and is not stored: whole, whatever its size."""
+        ...
 
     def decode(self, payload: Payload) -> Any: ...
 
@@ -116,3 +152,19 @@ class StepRequest:
     executor: Literal["task", "local"] = "task"
     ray_options: dict[str, Any] = field(default_factory=dict)
     breaker: str | None = None
+
+
+@dataclass(slots=True)
+class MapRequest:
+    """What the body asks for when it maps a step; the items come beside it. See `MapScheduled`."""
+
+    step: str
+    code: CodeRef
+    policy: RetryPolicy
+    executor: Literal["task", "local"]
+    ray_options: dict[str, Any]
+    breaker: str | None
+    chunk_size: int
+    concurrency: int
+    max_failures: int | None = None
+    max_ratio: float | None = None

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from pyworkflow_ray.engine.calls import Codec, Outcome, StepCall
+from pyworkflow_ray.engine import chunks
+from pyworkflow_ray.engine.calls import ChunkCall, Codec, Outcome, StepCall
 from pyworkflow_ray.engine.commands import Append, CancelDispatch, Dispatch, Effect, Finish, Limits, Park, Pause
 from pyworkflow_ray.engine.events import (
     TERMINAL,
@@ -105,6 +106,7 @@ class Driver:
             self._effects.append(Finish(before.ended))
             return
         handed_back = {p for p, s in before.steps.items() if s.ended is None and s.waiting}
+        recorded = set(before.maps)
         self._note(activation.model_copy(update={"at": now}))
         if before.lost_activations > created.max_recoveries:
             return self._pause(
@@ -141,6 +143,7 @@ class Driver:
         for event in list(self._history.deferred):
             if not self._over and not self._history.ended and event in self._history.deferred:
                 self._deliver(event.model_copy(update={"seq": -1, "at": now}), now)
+        self._open_chunks(now, recorded)
         self._settle(now)
 
     def record(self, event: StepStarted | AttemptFailed, now: float) -> None:
@@ -166,6 +169,9 @@ class Driver:
         name = step.event.breaker
         if name is not None:
             self._generations[name] = max(self._generations.get(name, 0), outcome.breaker_generation)
+        if step.chunk is not None and outcome.status == "completed" and outcome.chunk is not None:
+            self._deliver(chunks.completed(step.chunk, outcome, self._is_last(step), now), now)
+            return self._settle(now)
         for attempt in outcome.attempts:
             if attempt.attempt not in step.failed_attempts:
                 self._note(attempt.model_copy(update={"at": now}))
@@ -310,15 +316,47 @@ class Driver:
     def _commands(self, events: list[Event], now: float) -> None:
         for event in events:
             event.at = now
-            cancelled = self._history.steps.get(event.position) if isinstance(event, StepCancelled) else None
-            held = cancelled is not None and cancelled.dispatched
+            held = self._held(event.position) if isinstance(event, StepCancelled) else []
             self._command(event)
             if isinstance(event, StepScheduled):
                 self._dispatch(self._history.steps[event.position])
-            elif cancelled is not None and held:
-                self._gate(CancelDispatch(cancelled.event.position, cancelled.dispatch))
+            elif held:
+                for position, dispatch in held:
+                    self._gate(CancelDispatch(position, dispatch))
             elif isinstance(event, TERMINAL):
                 self._gate(Finish(event))
+
+    def _held(self, position: str) -> list[tuple[str, int]]:
+        """(position, dispatch) of what is executed of a step or map."""
+        places = self._history.chunks_of(position) if position in self._history.maps else [position]
+        steps = [(p, self._history.steps[p]) for p in places if p in self._history.steps]
+        return [(p, step.dispatch) for p, step in steps if step.dispatched]
+
+    def _open_chunks(self, now: float, recorded: Iterable[str] = ()) -> None:
+        """Dispatch what maps have opened. recorded: maps of which an earlier owner may have dispatched it."""
+        if self._machine is None or self._over or self._history.ended is not None:
+            return
+        while opened := self._machine.opened_chunks():
+            for chunk in opened:
+                known = [s.chunk for s in map(self._history.step, self._history.chunks_of(chunk[0])) if s.chunk]
+                for first, count in chunks.uncovered(chunk[1], chunk[2], [(k[1], k[2]) for k in known]):
+                    step = self._history.step(chunks.chunk_position(chunk[0], first, count))
+                    if chunk[0] in recorded and not step.event.policy.idempotent:
+                        self._lose(step, "run_actor_lost", False, "", now)
+                    else:
+                        self._dispatch(step)
+            recorded = ()  # what is opened from now on is new
+
+    def _chunk_call(self, step: StepState) -> ChunkCall | None:
+        if step.chunk is None or self._machine is None:
+            return None
+        position, first, count = step.chunk
+        current = self._machine.loop.maps[position]
+        return chunks.pack_items(self._codec, current.items(first, count), first, current.failures_left())
+
+    def _is_last(self, step: StepState) -> bool:
+        current = None if step.chunk is None or self._machine is None else self._machine.loop.maps.get(step.chunk[0])
+        return step.chunk is not None and current is not None and current.is_last(*step.chunk[1:])
 
     def _current(self, position: str, dispatch: int) -> StepState | None:
         """The step, when this dispatch of it is the one whose word counts."""
@@ -370,6 +408,7 @@ class Driver:
             began_at=step.began_at,
             deadline=None if event.compensates else self._deadline(),
             trace_id=created.trace_id,
+            chunk=self._chunk_call(step),
             kinds=created.kinds,
             hooks=created.hooks,
         )
@@ -405,6 +444,9 @@ class Driver:
                 delay = min(_RECOVERY_DELAY_MAX_S, _RECOVERY_DELAY_S * 2.0 ** min(step.recoveries, 20))
                 retry_at = max(retry_at, now + delay * self._rng.uniform(0.5, 1.0))
         dispatch = step.dispatch
+        parts: list[tuple[int, int]] = []
+        if step.chunk is not None and charged and retry_at is not None and step.chunk[2] > 1:
+            parts = chunks.divide(step.chunk[1], step.chunk[2], step.recoveries + 1, policy.max_recoveries)
         self._note(
             StepLost(
                 at=now,
@@ -415,8 +457,15 @@ class Driver:
                 charged=charged,
                 retry_at=retry_at,
                 message=message,
+                parts=parts,
             )
         )
+        if parts and step.chunk is not None:
+            for first, count in parts:
+                part = self._history.step(chunks.chunk_position(step.chunk[0], first, count))
+                if part.waiting and (part.retry_at or 0.0) <= now:
+                    self._dispatch(part)
+            return
         if retry_at is None:
             why = (
                 f"its worker was lost {step.recoveries} times (max_recoveries={policy.max_recoveries})"
@@ -478,6 +527,9 @@ class Driver:
             self._fail(step, attempt, info, choice.why if isinstance(choice, Stop) else "exhausted", now)
 
     def _fail(self, step: StepState, attempt: int, error: Any, why: str, now: float) -> None:
+        if step.chunk is not None:
+            lost = chunks.failed(step.chunk, step.dispatch, attempt, error, why, self._is_last(step), now)
+            return self._deliver(lost, now)
         self._deliver(
             StepFailed(
                 at=now, position=step.event.position, dispatch=step.dispatch, attempt=attempt, error=error, why=why
@@ -500,7 +552,9 @@ class Driver:
                 self._deliver(BodyAbandoned(at=now), now)
             return
         cancel = self._history.cancel
-        open_steps = [p for p, s in self._history.steps.items() if s.ended is None]
+        open_steps = dict.fromkeys(
+            p if s.chunk is None else s.chunk[0] for p, s in self._history.steps.items() if s.ended is None
+        )
         events: list[Event] = [StepCancelled(position=p, forced=True) for p in open_steps]
         if cancel is not None and cancel.cause == "max_duration":
             late = StepTimeoutError(cancel.reason or "the run reached its max_duration")
@@ -533,6 +587,7 @@ class Driver:
         """After an input: limits, parking, and one append of all that is ready."""
         if self._over:
             return
+        self._open_chunks(now)
         history = self._history
         if history.ended is None and history.counted >= self._limits.max_events:
             run_id = history.created.run_id if history.created else ""

@@ -6,10 +6,10 @@ counter: "3" is the third command of the workflow's main task, "t2.1" the first 
 
 Three sorts, which replay tells apart:
 
-* *inputs*, delivered to the body in recorded order: StepCompleted, StepFailed, TimerFired, RunCancelRequested,
-  BodyAbandoned;
-* *commands*, which the body gave and must give again: StepScheduled, StepCancelled, TimerStarted, TimerCancelled, and
-  the body's end (RunCompleted, RunFailed, RunCancelled);
+* *inputs*, delivered to the body in recorded order: StepCompleted, StepFailed, ChunkCompleted, TimerFired,
+  RunCancelRequested, BodyAbandoned;
+* *commands*, which the body gave and must give again: StepScheduled, StepCancelled, MapScheduled, TimerStarted,
+  TimerCancelled, and the body's end (RunCompleted, RunFailed, RunCancelled);
 * *notes*, which the body never sees: all others.
 
 Readers ignore an unknown event type only where the record says `safe: true` (class variable `SAFE`).
@@ -302,6 +302,7 @@ class StepLost(Event):
 
     cause: "worker_died", "out_of_memory", "node_lost", "run_actor_lost", "timeout_kill".
     charged: whether it counts against `max_recoveries`. retry_at: when the step is dispatched again.
+    parts: of a map's chunk, (first, count) of each part that is dispatched in its place; empty: as a whole.
     """
 
     type: Literal["step_lost"] = "step_lost"
@@ -312,6 +313,7 @@ class StepLost(Event):
     charged: bool = True
     retry_at: float | None = None
     message: str = ""
+    parts: list[tuple[int, int]] = Field(default_factory=list)
 
 
 class StepCompleted(Event):
@@ -350,6 +352,73 @@ class StepCancelled(Event):
     type: Literal["step_cancelled"] = "step_cancelled"
     position: str
     forced: bool = False
+
+
+# Maps -------------------------------------------------------------------------------------------------------------
+
+
+class ItemFailure(BaseModel):
+    """An item that failed for good. error: its place among the chunk's `errors`. attempt, why: as in `StepFailed`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    error: int
+    attempt: int
+    why: str = "exhausted"
+
+
+class MapScheduled(Event):
+    """Command: `step.map`. Its items are not recorded, for replay draws them anew; its chunks follow from its fields.
+
+    total: how many items there are, None where their iterable does not say. max_failures, max_ratio: beyond which it
+    stops early, None: never.
+    """
+
+    type: Literal["map_scheduled"] = "map_scheduled"
+    position: str
+    number: int
+    step: str
+    code: CodeRef
+    policy: RetryPolicy = Field(default_factory=RetryPolicy)
+    executor: Literal["task", "local"] = "task"
+    ray_options: dict[str, Any] = Field(default_factory=dict)
+    breaker: str | None = None
+    chunk_size: int
+    concurrency: int
+    total: int | None = None
+    max_failures: int | None = None
+    max_ratio: float | None = None
+
+
+class ChunkCompleted(Event):
+    """Input: items `first` to `first + count - 1` of the map at `position` have ended.
+
+    done: how many of them; fewer than `count` where the chunk ended early, for too many had failed.
+    results: a list, a value an item and None for a failed one. single: each value is a payload of its own in it.
+    failures, errors: the failed items, and each distinct error once.
+    retried: attempts that were made again, by type of the error before them.
+    items: digest of the items where their encoding is canonical: replay compares what is drawn with it.
+    last: no item follows.
+    """
+
+    type: Literal["chunk_completed"] = "chunk_completed"
+    position: str
+    first: int
+    count: int
+    done: int
+    dispatch: int
+    started_at: float
+    ended_at: float
+    results: Payload | None = None
+    single: bool = False
+    failures: list[ItemFailure] = Field(default_factory=list)
+    errors: list[ErrorInfo] = Field(default_factory=list)
+    retried: dict[str, int] = Field(default_factory=dict)
+    items: str | None = None
+    last: bool = False
+    worker: str = ""
+    node: str = ""
 
 
 # Timers -----------------------------------------------------------------------------------------------------------
@@ -406,6 +475,8 @@ AnyEvent = Annotated[
         StepCompleted,
         StepFailed,
         StepCancelled,
+        MapScheduled,
+        ChunkCompleted,
         TimerStarted,
         TimerFired,
         TimerCancelled,
@@ -415,6 +486,15 @@ AnyEvent = Annotated[
 
 event_adapter: TypeAdapter[Event] = TypeAdapter(AnyEvent)
 
-INPUTS = (StepCompleted, StepFailed, TimerFired, RunCancelRequested, BodyAbandoned)
-COMMANDS = (StepScheduled, StepCancelled, TimerStarted, TimerCancelled, RunCompleted, RunFailed, RunCancelled)
+INPUTS = (StepCompleted, StepFailed, ChunkCompleted, TimerFired, RunCancelRequested, BodyAbandoned)
+COMMANDS = (
+    StepScheduled,
+    StepCancelled,
+    MapScheduled,
+    TimerStarted,
+    TimerCancelled,
+    RunCompleted,
+    RunFailed,
+    RunCancelled,
+)
 TERMINAL = (RunCompleted, RunFailed, RunCancelled)

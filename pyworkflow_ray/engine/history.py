@@ -10,13 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pyworkflow_ray.engine.calls import PreviousFailure
+from pyworkflow_ray.engine.chunks import as_step, chunk_position, parse_position
 from pyworkflow_ray.engine.events import (
     COMMANDS,
     INPUTS,
     TERMINAL,
     AttemptFailed,
+    ChunkCompleted,
     ErrorInfo,
     Event,
+    MapScheduled,
     RunActivated,
     RunCancelRequested,
     RunCreated,
@@ -43,9 +46,11 @@ class StepState:
     attempt: number of the last attempt known. retries_used: failed attempts that count against `max_retries`.
     recoveries: charged losses. retry_at: when the next attempt may begin. waiting: nobody executes it (handed back, or
     lost and backing off). dispatch: how often it was dispatched in this epoch. dispatched: a worker has it now.
+    chunk: (map, first, count) of a map's chunk, which is a step of its own.
     """
 
     event: StepScheduled
+    chunk: tuple[str, int, int] | None = None
     ended: str | None = None  # "completed", "failed", "cancelled"
     attempt: int = 0
     retries_used: int = 0
@@ -77,7 +82,8 @@ class History:
     """All that the events say, for the driver."""
 
     created: RunCreated | None = None
-    steps: dict[str, StepState] = field(default_factory=dict)
+    steps: dict[str, StepState] = field(default_factory=dict)  # chunks of maps too, while they are open
+    maps: dict[str, MapScheduled] = field(default_factory=dict)
     open_timers: dict[str, float] = field(default_factory=dict)
     script: list[Event] = field(default_factory=list)  # inputs and commands, in order
     deferred: list[Event] = field(default_factory=list)  # inputs that outlive a reset: to be delivered again
@@ -105,8 +111,10 @@ class History:
         self.last_at = max(self.last_at, event.at)
         if isinstance(event, (*INPUTS, *COMMANDS)) and not (isinstance(event, StepCancelled) and event.forced):
             self.script.append(event)
-        if self.deferred and isinstance(event, (StepCompleted, StepFailed, TimerFired, StepCancelled, TimerCancelled)):
-            self.deferred = [e for e in self.deferred if getattr(e, "position", None) != event.position]
+        if self.deferred and isinstance(
+            event, (StepCompleted, StepFailed, ChunkCompleted, TimerFired, StepCancelled, TimerCancelled)
+        ):
+            self.deferred = [e for e in self.deferred if not _supersedes(event, e)]
         match event:
             case RunCreated():
                 self.created = event
@@ -115,29 +123,38 @@ class History:
             case StepScheduled():
                 self.steps[event.position] = StepState(event)
             case StepStarted():
-                step = self.steps[event.position]
+                step = self.step(event.position)
                 step.attempt = max(step.attempt, event.attempt)
                 step.started_at = event.started_at
                 step.begin(event.started_at)
             case StepDispatched():
-                self.steps[event.position].waiting = False
+                self.step(event.position).waiting = False
             case AttemptFailed():
                 self._attempt_failed(event)
             case StepHandedBack():
-                step = self.steps[event.position]
+                step = self.step(event.position)
                 step.waiting, step.dispatched, step.retry_at = True, False, event.due_at
                 step.begin(event.at)
             case StepLost():
-                step = self.steps[event.position]
+                step = self.step(event.position)
                 step.recoveries += event.charged
                 # without a retry its failure follows, and may be missing: it must not look as if it waited for a retry
                 step.waiting, step.dispatched, step.retry_at = event.retry_at is not None, False, event.retry_at
                 step.attempt = max(step.attempt, event.attempt or 0)
+                self._divide(step, event)
+            case MapScheduled():
+                self.maps[event.position] = event
+            case ChunkCompleted():
+                self.steps.pop(chunk_position(event.position, event.first, event.count), None)
+                self.lost_activations = 0
             case StepCompleted():
                 self._end_step(event.position, "completed", event.attempt)
                 self.lost_activations = 0
             case StepFailed():
                 self._end_step(event.position, "failed", event.attempt)
+            case StepCancelled() if event.position in self.maps:
+                for position in self.chunks_of(event.position):
+                    del self.steps[position]
             case StepCancelled():
                 self._end_step(event.position, "cancelled", 0)
             case TimerStarted():
@@ -153,6 +170,31 @@ class History:
         if isinstance(event, TERMINAL):
             self.ended = event
 
+    def step(self, position: str) -> StepState:
+        """The step, or the chunk of a map, at this position."""
+        found = self.steps.get(position)
+        if found is None:
+            chunk = parse_position(position)
+            if chunk is None:
+                raise KeyError(position)
+            found = self.steps[position] = StepState(as_step(self.maps[chunk[0]], position), chunk=chunk)
+        return found
+
+    def chunks_of(self, map_position: str) -> list[str]:
+        """Positions of the map's chunks that are known here, in order of their items."""
+        found = [s.chunk for s in self.steps.values() if s.chunk is not None and s.chunk[0] == map_position]
+        return [chunk_position(*chunk) for chunk in sorted(found)]
+
+    def _divide(self, step: StepState, event: StepLost) -> None:
+        """Parts of a lost chunk take its place: with its losses, and numbers of dispatches above its own."""
+        if step.chunk is None or not event.parts:
+            return
+        del self.steps[event.position]
+        for first, count in event.parts:
+            part = self.step(chunk_position(step.chunk[0], first, count))
+            part.recoveries, part.dispatch = step.recoveries, step.dispatch
+            part.waiting, part.retry_at = step.waiting, step.retry_at
+
     def _end_step(self, position: str, how: str, attempt: int) -> None:
         step = self.steps[position]
         step.ended = how
@@ -161,7 +203,7 @@ class History:
         step.attempt = max(step.attempt, attempt)
 
     def _attempt_failed(self, event: AttemptFailed) -> None:
-        step = self.steps[event.position]
+        step = self.step(event.position)
         if event.attempt in step.failed_attempts:
             return
         step.failed_attempts.add(event.attempt)
@@ -201,16 +243,21 @@ class History:
         if cut is None:
             self.script = [e for e in self.script if not isinstance(e, TERMINAL)]
         else:
-            kept = {e.position for e in self.script[:cut] if isinstance(e, (StepScheduled, TimerStarted))}
+            kept = {e.position for e in self.script[:cut] if isinstance(e, (StepScheduled, MapScheduled, TimerStarted))}
             due = {e.position: e.due_at for e in self.script[:cut] if isinstance(e, TimerStarted)}
             later: list[Event] = [
                 e
                 for e in self.script[cut:]
-                if isinstance(e, (StepCompleted, StepFailed, TimerFired)) and e.position in kept - positions
+                if isinstance(e, (StepCompleted, StepFailed, ChunkCompleted, TimerFired))
+                and e.position in kept - positions
             ]
             for event in self.script[cut:]:
                 if isinstance(event, StepScheduled):
                     self.steps.pop(event.position, None)
+                elif isinstance(event, MapScheduled):
+                    for position in self.chunks_of(event.position):
+                        del self.steps[position]
+                    del self.maps[event.position]
                 elif isinstance(event, StepCancelled) and event.position in self.steps:
                     self.steps[event.position].ended = None
                 elif isinstance(event, TimerCancelled) and event.position in kept:
@@ -225,6 +272,15 @@ class History:
             self.steps[position] = StepState(event, attempt=attempt)
         self.ended = None
         self.cancel = None
+
+
+def _supersedes(event: Event, deferred: Event) -> bool:
+    """Whether what is to be delivered again is this event, or was cancelled by it."""
+    if getattr(event, "position", None) != getattr(deferred, "position", ""):
+        return False
+    if isinstance(event, ChunkCompleted) and isinstance(deferred, ChunkCompleted):
+        return (event.first, event.count) == (deferred.first, deferred.count)
+    return True
 
 
 def failed_positions(events: Iterable[Event]) -> list[str]:

@@ -23,8 +23,9 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, NoReturn
 
-from pyworkflow_ray.engine.calls import Codec, StepRequest
+from pyworkflow_ray.engine.calls import Codec, MapRequest, StepRequest
 from pyworkflow_ray.engine.events import Event, Payload, StepCancelled, StepScheduled, TimerCancelled, TimerStarted
+from pyworkflow_ray.engine.maps import MapInProgress, MapOutcome, map_event
 from pyworkflow_ray.errors import ConfigurationError, PyWorkflowError
 
 _MAX_DELAY_S = 100 * 365 * 86400.0
@@ -80,11 +81,12 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         self.replaying = False
         self.evicted = False
         self.steps: dict[str, asyncio.Future[Any]] = {}
+        self.maps: dict[str, MapInProgress] = {}
         self.timers: dict[str, _Timer] = {}
         self.step_count = 0
         self.run_data: Any = None  # what `current_run()` shows; set by the machine
         self.saga: Any = None  # the run's compensations; set by the machine
-        self._emit = emit
+        self.emit = self._emit = emit
         self._ready: deque[asyncio.Handle] = deque()
         self._created = 0
         self._orphans = WorkflowCounter()
@@ -149,6 +151,19 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                 self._emit(StepCancelled(at=self.now_s, position=position))
             raise
 
+    async def map_items(self, request: MapRequest, items: Iterable[Any], total: int | None) -> MapOutcome:
+        """Schedule a map at the current place and wait for its end."""
+        if self.evicted:
+            outcome: MapOutcome = await self.create_future()
+            return outcome
+        current = MapInProgress(self, request, items, total)
+        current.look_ahead()
+        position = self._next_position()
+        self.step_count += 1
+        self.maps[position] = current
+        self._emit(map_event(request, position, self.step_count, current.total, self.now_s))
+        return await current.run(position)
+
     # What the machine does -----------------------------------------------------------------------------------
 
     def spin(self) -> None:
@@ -173,11 +188,16 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             sys.set_asyncgen_hooks(*hooks)
             _enter_task(outer, outer_task)
 
+    def cancel_steps(self) -> None:
+        """Cancel all steps and maps that are open; whoever waits for them waits for ever."""
+        for position in [*self.steps, *self.maps]:
+            self._emit(StepCancelled(at=self.now_s, position=position))
+        self.steps.clear()
+        self.maps.clear()
+
     def freeze(self) -> None:
         """Stop everything but the task that calls: its steps and timers are cancelled, and no other task goes on."""
-        for position in list(self.steps):
-            del self.steps[position]
-            self._emit(StepCancelled(at=self.now_s, position=position))
+        self.cancel_steps()
         for position in list(self.timers):
             del self.timers[position]
             self._emit(TimerCancelled(at=self.now_s, position=position))

@@ -16,10 +16,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pyworkflow_ray.engine.calls import Codec
+from pyworkflow_ray.engine.chunks import digest_of
 from pyworkflow_ray.engine.events import (
     COMMANDS,
     BodyAbandoned,
+    ChunkCompleted,
     Event,
+    MapScheduled,
     Payload,
     RunCancelled,
     RunCancelRequested,
@@ -121,7 +124,11 @@ class Machine:
 
     def waits_for_nothing(self) -> bool:
         """Whether no step and no timer can ever wake the body."""
-        return not self.ended and not self.loop.steps and not self.loop.timers
+        return not self.ended and not self.loop.steps and not self.loop.timers and not self.loop.maps
+
+    def opened_chunks(self) -> list[tuple[str, int, int]]:
+        """(map, first, count) of what was opened since the last call and has not ended."""
+        return [(position, *run) for position, current in self.loop.maps.items() for run in current.take_opened()]
 
     def _take(self, event: Event) -> None:
         loop = self.loop
@@ -139,6 +146,8 @@ class Machine:
                     error = self._codec.decode_error(event.error)
                     self._blame.append((error, event.position))
                     future.set_exception(_carriable(error))
+            case ChunkCompleted():
+                self._take_chunk(event)
             case TimerFired():
                 if event.position not in loop.timers:
                     raise self._mismatch(event, None)
@@ -154,6 +163,16 @@ class Machine:
                 raise AssertionError(f"{event.type} is no input")
         self._spin()
 
+    def _take_chunk(self, event: ChunkCompleted) -> None:
+        current = self.loop.maps.get(event.position)
+        if current is None or not current.holds(event.first, event.count):
+            raise self._mismatch(event, None)
+        if self.loop.replaying and event.items is not None:
+            drawn = digest_of(self._codec, current.items(event.first, event.count))
+            if drawn is not None and drawn != event.items:
+                raise self._mismatch(event, None, "other items")
+        current.completed(event)
+
     def _resolve(self, future: asyncio.Future[Any], result: Payload) -> None:
         try:
             value = self._codec.decode(result)
@@ -166,9 +185,7 @@ class Machine:
         self.loop.spin()
         if self._root is not None and self._root.done() and not self.ended:
             self.ended = True
-            for position in list(self.loop.steps):
-                del self.loop.steps[position]
-                self._emitted.append(StepCancelled(at=self.loop.now_s, position=position))
+            self.loop.cancel_steps()
             self._emitted.append(self._ending(self._root))
 
     def _ending(self, root: asyncio.Task[Any]) -> Event:
@@ -202,9 +219,9 @@ class Machine:
     def _kind(self, error: BaseException) -> Kind:
         return classify(error, self._created.kinds or None)
 
-    def _mismatch(self, recorded: Event, attempted: Event | None) -> NonDeterminismError:
+    def _mismatch(self, recorded: Event, attempted: Event | None, did: str = "nothing") -> NonDeterminismError:
         position = getattr(recorded, "position", None) or getattr(attempted, "position", None) or "the end"
-        has, did = _words(recorded), "nothing" if attempted is None else _words(attempted)
+        has, did = _words(recorded), did if attempted is None else _words(attempted)
         version = self._created.version
         code = f"the code of version {version!r}" if version else "the code that the run was started with"
         remedy = f"Restore {code} and resume: pyworkflow-ray runs resume {self._created.run_id}"
@@ -238,6 +255,8 @@ def _compare(recorded: Event, attempted: Event, mismatch: Callable[[Event, Event
             and all(map(_same_value, recorded.args, attempted.args))
             and all(_same_value(value, attempted.kwargs[name]) for name, value in recorded.kwargs.items())
         )
+    elif same and isinstance(recorded, MapScheduled) and isinstance(attempted, MapScheduled):
+        same = all(getattr(recorded, n) == getattr(attempted, n) for n in ("step", "chunk_size", "concurrency"))
     elif same and isinstance(recorded, TimerStarted) and isinstance(attempted, TimerStarted):
         same = abs(recorded.delay_s - attempted.delay_s) <= 1e-6 * max(1.0, recorded.delay_s)
     if not same:
@@ -259,6 +278,10 @@ def _words(event: Event) -> str:
             return f"step {event.step!r} ({shown})"
         case StepCompleted() | StepFailed():
             return f"the outcome of a step at {event.position}"
+        case MapScheduled():
+            return f"a map of step {event.step!r} (chunks of {event.chunk_size}, {event.concurrency} at a time)"
+        case ChunkCompleted():
+            return f"the outcome of items {event.first} to {event.first + event.count - 1} of a map"
         case StepCancelled():
             return f"the cancellation of the step at {event.position}"
         case TimerStarted():

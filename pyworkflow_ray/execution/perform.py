@@ -209,7 +209,7 @@ async def _perform_async(command: Command, work: Work, permits: list[Any]) -> An
             await command.permit.finish_async(command.error)
         return None
     assert isinstance(command, Wait)
-    await _sleep(command.seconds if work.waits else 0, work.interrupt)
+    await wait_async(command.seconds if work.waits else 0, work.interrupt)
     return None
 
 
@@ -225,7 +225,8 @@ async def _run_async(command: RunAttempt, work: Work) -> Answer:
         )
 
 
-async def _sleep(seconds: float, interrupt: Interrupt | None) -> None:
+async def wait_async(seconds: float, interrupt: Interrupt | None) -> None:
+    """Sleep on the running loop; ends early when cancelled."""
     if interrupt is None:
         await asyncio.sleep(seconds)
         return

@@ -70,7 +70,12 @@ def execute_call(
         loop: Where async steps run; None: this process's lasting loop.
         confirmed: Number of the last attempt whose record the owner has; records up to it are left out of the outcome.
     """
-    execution = _Execution(call, step, codec, report, worker, node, clock, rng)
+    if call.chunk is not None:
+        from pyworkflow_ray.execution.chunks import execute_chunk
+
+        about = {"worker": worker, "node": node, "clock": clock, "rng": rng, "kill_stuck": kill_stuck, "loop": loop}
+        return execute_chunk(call, step, codec, interrupt=interrupt, breaker=breaker, **about)  # type: ignore[arg-type]
+    execution = Execution(call, step, codec, report, worker, node, clock, rng)
     try:
         function = execution.function()
     except Exception as error:
@@ -113,7 +118,20 @@ async def execute_call_async(
         settle: Awaited after each attempt of a sync step, which may have slept in virtual time.
         owns_loop: The loop runs steps only: what a step leaves running is cancelled.
     """
-    execution = _Execution(call, step, codec, report, worker, node, clock, rng, sleep)
+    if call.chunk is not None:
+        from pyworkflow_ray.execution.chunks import execute_chunk_async
+
+        about = {"worker": worker, "node": node, "clock": clock, "rng": rng, "sleep": sleep, "settle": settle}
+        return await execute_chunk_async(
+            call,
+            step,
+            codec,
+            interrupt=interrupt,
+            breaker=breaker,
+            owns_loop=owns_loop,
+            **about,  # type: ignore[arg-type]
+        )
+    execution = Execution(call, step, codec, report, worker, node, clock, rng, sleep)
     try:
         function = execution.function()
     except Exception as error:
@@ -124,7 +142,7 @@ async def execute_call_async(
     return execution.outcome(ended, breaker, confirmed)
 
 
-class _Execution:
+class Execution:
     """One dispatch: what its parts need of the call, and the records it has made."""
 
     def __init__(
@@ -261,13 +279,13 @@ class _Execution:
 
     def broken(self, error: Exception) -> Outcome:
         """The call could not be begun: the workflow's data or code are not what this process can use."""
-        outcome = self._outcome("failed", self.call.first_attempt)
+        outcome = self.new_outcome("failed", self.call.first_attempt)
         outcome.error, outcome.why = self.error_info(error), "code"
         outcome.started_at = outcome.ended_at = self.clock()
         return outcome
 
     def outcome(self, ended: Ended, breaker: Guard | None, confirmed: Callable[[], int] | None) -> Outcome:
-        outcome = self._outcome(ended.status, ended.attempt)
+        outcome = self.new_outcome(ended.status, ended.attempt)
         known = 0 if confirmed is None else confirmed()
         outcome.attempts = [record for record in self.records if record.attempt > known]
         outcome.started_at, outcome.ended_at = ended.started_at, ended.ended_at
@@ -280,7 +298,7 @@ class _Execution:
             outcome.error = self.error_info(ended.error)
         return outcome
 
-    def _outcome(self, status: Any, attempt: int) -> Outcome:
+    def new_outcome(self, status: Any, attempt: int) -> Outcome:
         return Outcome(
             position=self.call.position,
             dispatch=self.call.dispatch,

@@ -106,13 +106,30 @@ class StorageCodec:
         ):
             text = canonical(value)
             return Payload(enc="json", data=value, size=len(text), digest=digest_of(text))
+        return self._store(self._encode_checked(value), value)
+
+    def _encode_checked(self, value: Any) -> Encoded:
         try:
-            return self._store(self._encode(value), value)
+            return self._encode(value)
         except TooLarge:
             raise PayloadError(
                 f"a {pickling.type_name(value)} is too large to be stored: more than the limit of "
                 f"{self.max_payload_bytes:,} bytes for one value. Store it elsewhere and pass its name"
             ) from None
+
+    def pack(self, value: Any) -> Payload:
+        """As `encode`, for a value that travels to a worker and is not stored: it is never spilled to a file.
+
+        Raises:
+            PayloadError: as `encode`.
+        """
+        if self._hook is not None:
+            return self._store(self._encode_checked(value), value)
+        enc, text, data, cls, digest = self._encode_checked(value)
+        py = PYTHON if enc == "pickle" or (enc == "exception" and exceptions.holds_pickle(data)) else None
+        if enc == "pickle":
+            data = base64.b64encode(text).decode()
+        return Payload(enc=enc, data=data, size=len(text), digest=digest, cls=cls, py=py)
 
     def _encode(self, value: Any) -> Encoded:
         limit = self.max_payload_bytes

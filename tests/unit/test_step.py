@@ -140,11 +140,6 @@ def test_remote_says_what_to_use() -> None:
         price.remote(1)
 
 
-def test_map_is_not_available_and_says_what_to_use() -> None:
-    with pytest.raises(pw.ConfigurationError, match=r"not available in this version.*asyncio\.gather"):
-        price.map([1])
-
-
 def test_unknown_attribute_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = price.nonsense  # type: ignore[attr-defined]

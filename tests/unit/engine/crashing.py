@@ -35,7 +35,8 @@ class World:
         crash_after: The owner dies when the history has so many events; None: never.
         cancel_when: The run is cancelled once its history is so.
         never: Names of steps whose execution never ends.
-        lose: (position, dispatch) of dispatches whose worker dies before it says a word.
+        lose: Whether the worker of a call dies before it says a word.
+        seed: The order in which calls end, and with `crash` the events after which the owner dies, by chance.
     """
 
     steps: Iterable[Any]
@@ -43,8 +44,22 @@ class World:
     cancel_when: Callable[[list[Event]], bool] = lambda events: False
     never: frozenset[str] = frozenset()
     lose: Callable[[StepCall], bool] = lambda call: False
+    seed: int | None = None
+    crash: float = 0.0
     created: dict[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+
+
+class Waits(Interrupt):
+    """Waits between the attempts of a chunk's items take no time but the run's own."""
+
+    def __init__(self, run: CrashingRun) -> None:
+        super().__init__()
+        self._run = run
+
+    def wait(self, seconds: float) -> bool:
+        self._run.now += seconds
+        return False
 
 
 class CrashingRun:
@@ -61,10 +76,12 @@ class CrashingRun:
         self.now = START_AT
         self.executed: list[tuple[str, str, int]] = []
         self.crashes = 0
+        self.most_waiting = 0
         self.ended: Event | None = None
         self.paused: Event | None = None
         self.waiting: deque[StepCall] = deque()
         self.asked = False
+        self.rng = random.Random(world.seed)
 
     def run(self) -> CrashingRun:
         epoch, cause = 0, "start"
@@ -99,6 +116,8 @@ class CrashingRun:
                 self.asked = True
                 self.driver.cancel("enough", self.now)
             elif self.waiting:
+                if self.world.seed is not None:
+                    self.waiting.rotate(self.rng.randrange(len(self.waiting)))
                 self._execute(self.waiting.popleft())
             else:
                 due = self.driver.next_due
@@ -116,6 +135,7 @@ class CrashingRun:
                     case Append(events):
                         for event in events:
                             self._store(event)
+                        self.most_waiting = max(self.most_waiting, len(self.waiting))
                         self.driver.durable(self.events[-1].seq, self.now)
                     case Dispatch(call):
                         self.waiting.append(call)
@@ -134,7 +154,7 @@ class CrashingRun:
     def _store(self, event: Event) -> None:
         assert event.seq == len(self.events), f"{event.type} has seq {event.seq}, not {len(self.events)}"
         self.events.append(type(event).model_validate_json(event.model_dump_json()))
-        if len(self.events) == self.world.crash_after:
+        if len(self.events) == self.world.crash_after or self.rng.random() < self.world.crash:
             raise Crash
 
     def _execute(self, call: StepCall) -> None:
@@ -151,7 +171,7 @@ class CrashingRun:
             definition,
             self.codec,
             report=lambda event: self.driver.record(event, self.now),
-            interrupt=Interrupt(),
+            interrupt=Waits(self),
             wait_max_s=0.0,
             clock=lambda: self.now,
             kill_stuck=False,
