@@ -79,15 +79,22 @@ def _head(screen: Screen, view: RunView, zone: dt.tzinfo) -> None:
         screen.line(f"  note  {note}", "yellow")
 
 
-def step_show(screen: Screen, view: RunView, step: StepView, scheduled: ev.StepScheduled, zone: dt.tzinfo) -> None:
+def step_show(
+    screen: Screen, view: RunView, step: StepView, scheduled: ev.StepScheduled | ev.MapScheduled, zone: dt.tzinfo
+) -> None:
     """One step: its whole input and output, and every attempt with the delay after it and why it was chosen."""
     screen.line(f"{view.run_id}  step {step.number} {step.name}   position {step.position}, {step.executor} step")
     screen.marked(glyph(step.state), f"{step.state}  {step.outcome}".rstrip(), STYLES.get(step.state))
     for error in step.errors:
         times = f"   (same error {error.count}×)" if error.count > 1 else ""
         screen.line(f"  why   {error.kind} · {error.line}{times}   {error.where or ''}".rstrip())
-    given = [payload_text(p) for p in scheduled.args] + [f"{k}={payload_text(p)}" for k, p in scheduled.kwargs.items()]
-    screen.line(f"  in    {', '.join(given) or '–'}")
+    if isinstance(scheduled, ev.MapScheduled):
+        chunks = f"chunks of {scheduled.chunk_size}, {scheduled.concurrency} at a time"
+        screen.line(f"  in    {step.argument}, {chunks} (items are not recorded)")
+    else:
+        given = [payload_text(p) for p in scheduled.args]
+        given += [f"{k}={payload_text(p)}" for k, p in scheduled.kwargs.items()]
+        screen.line(f"  in    {', '.join(given) or '–'}")
     policy = scheduled.policy
     retries = "for ever" if policy.max_retries is None else str(policy.max_retries)
     timeout = "none" if policy.timeout_s is None else format_duration(policy.timeout_s)
@@ -169,6 +176,12 @@ def detail(event: ev.Event, view: RunView, zone: dt.tzinfo) -> str:
             return f"attempt {event.attempt}: {event.error.kind} · {error_view(event.error).line}{wait}{reason}"
         case ev.StepScheduled():
             return ", ".join(payload_text(p) for p in event.args)[:80]
+        case ev.MapScheduled():
+            total = "items" if event.total is None else f"{event.total} items"
+            return f"{total}, chunks of {event.chunk_size}, {event.concurrency} at a time"
+        case ev.ChunkCompleted():
+            failed = f", {len(event.failures)} failed" if event.failures else ""
+            return f"items {event.first} to {event.first + event.done - 1}{failed}"
         case ev.StepStarted():
             return f"attempt {event.attempt}, dispatch {event.dispatch}" + (
                 f", on {event.worker}" if event.worker else ""

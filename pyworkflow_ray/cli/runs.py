@@ -185,13 +185,13 @@ def timeline(run_id: str, watch: bool, interval: float, utc: bool, as_json: bool
     return _repeat(draw, screen, watch, interval)
 
 
-def _step(view: RunView, events_: list[ev.Event], number: int) -> tuple[StepView, ev.StepScheduled]:
+def _step(view: RunView, events_: list[ev.Event], number: int) -> tuple[StepView, ev.StepScheduled | ev.MapScheduled]:
     step = next((s for s in view.steps if s.number == number), None)
     if step is None:
         known = f"it has steps 1 to {len(view.steps)}" if view.steps else "it has no steps yet"
         raise click.ClickException(f"run {view.run_id} has no step {number}: {known}")
     for event in events_:
-        if isinstance(event, ev.StepScheduled) and event.position == step.position:
+        if isinstance(event, (ev.StepScheduled, ev.MapScheduled)) and event.position == step.position:
             return step, event
     raise AssertionError("a step of a view comes from its step_scheduled")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from pyworkflow_ray.durations import format_duration
 from pyworkflow_ray.observability import model as m
+from pyworkflow_ray.observability.batches import MapTrack
 from pyworkflow_ray.observability.steps import Track
 from pyworkflow_ray.observability.story import Story
 from pyworkflow_ray.observability.words import ago, clock, collapse, error_view, instant, one_line, plural, when
@@ -76,6 +77,8 @@ def why_stuck(story: Story) -> str | None:
     for track, attempt in running:
         ran = now - (attempt.started_at if attempt.started_at is not None else story.last_at)
         limit = track.scheduled.policy.timeout_s
+        if isinstance(track, MapTrack):  # each ended chunk is a word; a chunk may take its items' timeouts together
+            ran, limit = now - track.last_at, track.quiet_s
         if ran > (QUIET_S if limit is None else limit + LATE_S):
             bound = f"its timeout is {format_duration(limit)}" if limit is not None else "it has no timeout"
             return f"{track.name}, attempt {attempt.attempt}, runs for {format_duration(ran)} without a word; {bound}"
@@ -321,6 +324,8 @@ def _running(story: Story) -> Words:
     ran = format_duration(max(0.0, story.now - since))
     words = Words(f"running {track.name}{many}", _row(story, "running", track, f"since {ran}", ""))
     words.why = f"attempt {attempt.attempt} of {track.name} runs since {ran}"
+    if isinstance(track, MapTrack):
+        words.why = f"{track.name}: {track.view(story.now).outcome}, since {ran}"
     if track.lost_count:
         words.why += f", after its worker was lost ({_lost_cause(track)})"
     limit = track.scheduled.policy.timeout_s

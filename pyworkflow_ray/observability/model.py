@@ -88,6 +88,17 @@ class Segment(ViewModel):
     open: bool = False
 
 
+class ItemsView(ViewModel):
+    """The items of a map. `total`: None while their number is not known; `by_type`: failed ones by exception type."""
+
+    total: int | None = None
+    done: int = 0
+    failed: int = 0
+    by_type: dict[str, int] = Field(default_factory=dict)
+    retried: dict[str, int] = Field(default_factory=dict)
+    chunks: int = 0
+
+
 class StepView(ViewModel):
     """One step: one row. `tries` counts attempts begun, the lost ones excepted; those are `lost`."""
 
@@ -113,6 +124,7 @@ class StepView(ViewModel):
     segments: list[Segment] = Field(default_factory=list)
     breaker: str | None = None
     executor: str = "task"
+    items: ItemsView | None = None  # of a map
 
 
 class RowView(ViewModel):

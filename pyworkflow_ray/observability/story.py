@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.observability import model as m
+from pyworkflow_ray.observability.batches import MapTrack, map_of
 from pyworkflow_ray.observability.steps import Track
 
 
@@ -55,6 +56,8 @@ class Story:
             self.timers.pop(event.position, None)
         elif isinstance(event, ev.StepScheduled):
             self.steps[event.position] = Track(event, queued_since=event.at)
+        elif isinstance(event, ev.MapScheduled):
+            self.steps[event.position] = MapTrack.of(event, self.epoch)
         else:
             self._step_event(event)
 
@@ -82,7 +85,14 @@ class Story:
             track.cancelled(event.at)  # a step outstanding at the end of its run is cancelled
 
     def _step_event(self, event: ev.Event) -> None:
-        track = self.steps.get(getattr(event, "position", ""))
+        position = getattr(event, "position", "")
+        track = self.steps.get(map_of(position) or position)
+        if isinstance(track, MapTrack) and not isinstance(event, ev.StepCancelled):
+            if isinstance(event, ev.ChunkCompleted):
+                track.chunk(event)
+            elif isinstance(event, ev.StepLost):
+                track.lost(event, self.epoch)
+            return
         if track is None:
             return  # an event of a newer version, or of a step in the lost part of a torn log
         if isinstance(event, ev.StepStarted):
@@ -119,13 +129,14 @@ class Story:
 
     @property
     def retries(self) -> int:
-        return sum(max(0, sum(a.status != "lost" for a in t.attempts) - 1) for t in self.steps.values())
+        again = sum(max(0, sum(a.status != "lost" for a in t.attempts) - 1) for t in self.steps.values())
+        return again + sum(t.retried.total() for t in self.steps.values() if isinstance(t, MapTrack))
 
     @property
     def recoveries(self) -> int:
         """Owners and workers that were lost. A step lost with its owner counts once, as the owner."""
         own = sum(a.status == "lost" and a.cause != "run_actor_lost" for t in self.steps.values() for a in t.attempts)
-        return own + self.owner_lost
+        return own + self.owner_lost + sum(t.chunks_lost for t in self.steps.values() if isinstance(t, MapTrack))
 
     @property
     def waits(self) -> bool:
