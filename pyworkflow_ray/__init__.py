@@ -45,6 +45,7 @@ _HOMES: dict[str, str] = {
             "init",
             "list_runs",
             "recover",
+            "rerun",
             "resume",
             "run",
             "shutdown",
@@ -91,7 +92,6 @@ _LATER: dict[str, str] = {
     "on_breaker_open": "",
     "on_run_failed": "",
     "pause": "",
-    "rerun": "start a new run",
 }
 
 __all__ = [
@@ -132,6 +132,7 @@ __all__ = [
     "random",
     "recover",
     "register_kind",
+    "rerun",
     "resource",
     "resume",
     "run",
@@ -181,6 +182,7 @@ if TYPE_CHECKING:
         init,
         list_runs,
         recover,
+        rerun,
         resume,
         run,
         shutdown,

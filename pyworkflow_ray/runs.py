@@ -33,6 +33,7 @@ __all__ = [
     "init",
     "list_runs",
     "recover",
+    "rerun",
     "resume",
     "run",
     "shutdown",
@@ -263,6 +264,26 @@ def resume(run_id: str) -> RunHandle[Any]:
     handle = get_run(run_id)
     need_client(handle._storage).call("resume", run_id)
     return handle
+
+
+def rerun(run_id: str) -> RunHandle[Any]:
+    """Start a new run of the same workflow with the same arguments and attributes, whatever became of the old one.
+
+    It has an id and idempotency keys of its own, executes every step anew, and names the old run (`rerun_of`). Code
+    that can be imported is what it is now; code that travelled by value is what it was. Each call makes another run.
+
+    Raises:
+        RunNotFoundError: no such run. StorageError: it can't be read, or the new one could not be made durable.
+    """
+    from pyworkflow_ray.execution.submission import make_rerun
+
+    handle = get_run(run_id)
+    _refuse_inside_workflow("pw.rerun")
+    client = need_client(handle._storage)
+    (answer,) = client.submit([make_rerun(created_of(handle._history()))])
+    if answer.error is not None:
+        raise answer.error
+    return RunHandle(answer.run_id, client.storage)
 
 
 def wake(run_id: str) -> RunHandle[Any]:

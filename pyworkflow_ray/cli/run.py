@@ -55,15 +55,15 @@ def run(
     flow = load_flow(target)
     kwargs = parse_input(input_text, flow)
     run_id = check_run_id(run_id) if run_id is not None else new_run_id()
-    with _connected(storage_path, address) as pw:
+    with connected(storage_path, address) as pw:
         handle = pw.start(flow.options(run_id=run_id), **kwargs)
         note_line(f"{short_name(flow.definition.name)} runs as {run_id}")
-        error = _follow(handle)
-    return _report(open_reader(storage_path, opt.zone(utc)), run_id, as_json, error)
+        error = follow(handle)
+    return report(open_reader(storage_path, opt.zone(utc)), run_id, as_json, error)
 
 
 @contextlib.contextmanager
-def _connected(storage_path: Path | None, address: str | None) -> Iterator[Any]:
+def connected(storage_path: Path | None, address: str | None) -> Iterator[Any]:
     """The api, connected to storage and Ray for the length of a command."""
     import pyworkflow_ray as pw
 
@@ -71,10 +71,10 @@ def _connected(storage_path: Path | None, address: str | None) -> Iterator[Any]:
         yield pw
 
 
-def _follow(handle: Any) -> BaseException | None:
-    """Wait as `_wait`; Ctrl-C cancels the run on an embedded Ray, which ends with us, and leaves it on a cluster."""
+def follow(handle: Any) -> BaseException | None:
+    """Wait as `wait`; Ctrl-C cancels the run on an embedded Ray, which ends with us, and leaves it on a cluster."""
     try:
-        return _wait(handle)
+        return wait(handle)
     except KeyboardInterrupt:
         from pyworkflow_ray.runtime.client import current
 
@@ -89,7 +89,7 @@ def _follow(handle: Any) -> BaseException | None:
         raise
 
 
-def _wait(handle: Any) -> BaseException | None:
+def wait(handle: Any) -> BaseException | None:
     """Until the run has ended, or pauses for a person; the exception that its result would raise."""
     while True:
         try:
@@ -100,7 +100,7 @@ def _wait(handle: Any) -> BaseException | None:
                 return None
 
 
-def _report(reader: Reader, run_id: str, as_json: bool, error: BaseException | None) -> int:
+def report(reader: Reader, run_id: str, as_json: bool, error: BaseException | None) -> int:
     """The result on stdout and, of a run that did not complete, its three lines on stderr."""
     view = reader.view(run_id)
     if isinstance(error, PyWorkflowError) and view.status not in ("failed", "cancelled", "paused"):
@@ -213,10 +213,10 @@ def cancel(
             f"{run_id} has already {'been ' if view.status == 'cancelled' else ''}{view.status}: nothing to cancel"
         )
     else:
-        with _connected(storage_path, address) as pw:
+        with connected(storage_path, address) as pw:
             handle = pw.get_run(run_id)
             handle.cancel(reason)
-            _wait(handle)
+            wait(handle)
         view = reader.view(run_id)
     _print_view(reader, run_id, as_json)
     return 0 if view.ended_at is not None else 1
@@ -236,9 +236,9 @@ def resume(run_id: str, address: str | None, utc: bool, as_json: bool, storage_p
         note_line(f"{run_id} is {view.status}: nothing to resume")
         _print_view(reader, run_id, as_json)
         return 0
-    with _connected(storage_path, address) as pw:
-        error = _follow(pw.resume(run_id))
-    return _report(reader, run_id, as_json, error)
+    with connected(storage_path, address) as pw:
+        error = follow(pw.resume(run_id))
+    return report(reader, run_id, as_json, error)
 
 
 @click.command()
@@ -255,9 +255,9 @@ def wake(run_id: str, address: str | None, utc: bool, as_json: bool, storage_pat
         note_line(f"{run_id} is {view.status}: nothing to wake")
         _print_view(reader, run_id, as_json)
         return 0
-    with _connected(storage_path, address) as pw:
-        error = _follow(pw.wake(run_id))
-    return _report(reader, run_id, as_json, error)
+    with connected(storage_path, address) as pw:
+        error = follow(pw.wake(run_id))
+    return report(reader, run_id, as_json, error)
 
 
 @click.command()
@@ -269,11 +269,11 @@ def wake(run_id: str, address: str | None, utc: bool, as_json: bool, storage_pat
 def recover(steal: bool, address: str | None, utc: bool, as_json: bool, storage_path: Path | None) -> int:
     """Take up the unfinished runs that no living owner holds, and wait for them."""
     reader = open_reader(storage_path, opt.zone(utc))
-    with _connected(storage_path, address) as pw:
+    with connected(storage_path, address) as pw:
         handles = list(pw.recover(steal=True) if steal else pw.recover())
         note_line(f"{len(handles)} unfinished run{'' if len(handles) == 1 else 's'} taken up")
         for handle in handles:
-            _wait(handle)
+            wait(handle)
     return _print_recovered(reader, [handle.run_id for handle in handles], as_json)
 
 

@@ -68,6 +68,25 @@ def make_created(
     )
 
 
+def make_rerun(old: RunCreated) -> RunCreated:
+    """The first event of a new run of the same workflow with the same arguments, attributes and code environment.
+
+    It is a run of its own: another id, another trace, other idempotency keys. Code that can be imported is what it is
+    now; code that travelled by value is what it was.
+    """
+    uid = new_id()
+    return old.model_copy(
+        update={
+            "at": time.time(),
+            "run_id": new_run_id(),
+            "run_uid": uid,
+            "generation": 0,
+            "trace_id": trace_id(uid),
+            "rerun_of": old.run_id,
+        }
+    )
+
+
 def difference(old: RunCreated, new: RunCreated) -> str | None:
     """Why `new` is not the run `old`, in words; None: it is the same workflow with the same arguments."""
     if old.workflow != new.workflow:

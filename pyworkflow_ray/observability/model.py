@@ -165,6 +165,7 @@ class RunView(ViewModel):
     row: RowView
     trace_id: str = ""
     events: int = 0
+    rerun_of: str | None = None  # the run whose workflow and arguments these are
 
     def __str__(self) -> str:
         from pyworkflow_ray.observability.text import render_text

@@ -68,6 +68,8 @@ def explain(
     error = story.failed.error if story.failed else story.cancelled.error if story.cancelled else None
     result = story.completed.result if story.completed else None
     notes = ["the journal's tail is torn: this is what was durable before it"] if torn else []
+    if created.rerun_of is not None:
+        notes.append(f"a rerun of {created.rerun_of}")
     return m.RunView(
         run_id=created.run_id,
         workflow=created.workflow,
@@ -94,4 +96,5 @@ def explain(
         row=words.row,
         trace_id=created.trace_id,
         events=len(events),
+        rerun_of=created.rerun_of,
     )

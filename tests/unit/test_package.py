@@ -16,7 +16,6 @@ LATER = [
     "on_run_failed",
     "pause",
 ]
-LATER += ["rerun"]
 
 
 def python(source: str) -> str:
