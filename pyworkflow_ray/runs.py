@@ -47,6 +47,9 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_RESUMED_S = 30.0
+_RESUMED_LOOK_S = 0.01
+
 log = logging.getLogger("pyworkflow_ray")
 
 
@@ -258,11 +261,18 @@ def _as_completed_by_polling(waiting: list[RunHandle[R]], deadline: float | None
 def resume(run_id: str) -> RunHandle[Any]:
     """A paused run goes on, a failed one from its failed step with fresh attempts; any other is left alone.
 
+    Returns once that is durable: `status` and `result` then speak of the resumed run, in every process. Where all run
+    actors are busy it returns after 30 s, and the run is resumed when its turn comes.
+
     Raises:
         RunNotFoundError: no such run. RunError: it can't be resumed; the message says why.
     """
     handle = get_run(run_id)
-    need_client(handle._storage).call("resume", run_id)
+    before = len(handle.events())
+    if need_client(handle._storage).call("resume", run_id) == "asked":
+        give_up_at = time.monotonic() + _RESUMED_S
+        while len(handle.events()) == before and time.monotonic() < give_up_at:
+            time.sleep(_RESUMED_LOOK_S)
     return handle
 
 
