@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pyworkflow_ray.engine import chunks
+from pyworkflow_ray.engine import chunks, overdue, pausing
 from pyworkflow_ray.engine.calls import ChunkCall, Codec, Outcome, StepCall
 from pyworkflow_ray.engine.commands import Append, CancelDispatch, Dispatch, Effect, Finish, Limits, Park, Pause
 from pyworkflow_ray.engine.events import (
@@ -45,13 +45,12 @@ from pyworkflow_ray.engine.events import (
 from pyworkflow_ray.engine.history import History, StepState
 from pyworkflow_ray.engine.machine import Flow, Machine
 from pyworkflow_ray.errors import NonDeterminismError, StepLostError, StepTimeoutError
-from pyworkflow_ray.resilience.retry import Retry, Stop, decide
 
 _RECOVERY_DELAY_S = 0.1  # before the first re-execution of a lost step; doubled for each further one
 _RECOVERY_DELAY_MAX_S = 5.0
 
 
-class Driver:
+class Driver(pausing.PausingDriver):
     """Drives one activation of one run. See the module for its rules and `commands` for its effects.
 
     Args:
@@ -84,7 +83,10 @@ class Driver:
         self._lazy: list[Event] = []  # not numbered yet, ride with the next append
         self._flush_at: float | None = None
         self._durable = -1
+        self._cause = ""  # of this activation
+        self._paused_by_hand = False
         self._cancel_deadline: float | None = None
+        self._wanted_pause: RunPaused | None = None  # begun once nothing runs
         self._generations: dict[str, int] = {}
         self._warned = False
         self._over = False  # parked, paused, finished or evicted
@@ -96,6 +98,7 @@ class Driver:
         """Take the run up: replay `history` (all accepted events, `run_created` first), go on from its end."""
         self._now = now
         self._history = History.of(history)
+        self._cause = activation.cause
         self._durable = self._history.next_seq - 1
         created = self._history.created
         if created is None:
@@ -105,17 +108,11 @@ class Driver:
             self._over = True
             self._effects.append(Finish(before.ended))
             return
-        handed_back = {p for p, s in before.steps.items() if s.ended is None and s.waiting}
         recorded = set(before.maps)
         self._note(activation.model_copy(update={"at": now}))
+        handed_back = {p for p, s in before.steps.items() if s.ended is None and s.waiting}
         if before.lost_activations > created.max_recoveries:
-            return self._pause(
-                "max_recoveries",
-                f"run {created.run_id!r} is paused: {before.lost_activations} activations were lost without a step "
-                f"completed in between (max_recoveries={created.max_recoveries}). "
-                f"Find what kills it, then: pyworkflow-ray runs resume {created.run_id}",
-                now,
-            )
+            return self._pause("max_recoveries", pausing.lost_too_often(created, before.lost_activations), now)
         self._machine = Machine(self._flow, created, self._codec)
         try:
             fresh = self._machine.replay(before.script, before.first_activated_at or now)
@@ -125,13 +122,7 @@ class Driver:
             return self._pause("nondeterminism", str(error), now, details)
         except Exception as error:  # its arguments can't be restored, or the workflow does not take them any more
             self._machine.evict()
-            return self._pause(
-                "code",
-                f"run {created.run_id!r} is paused: its workflow {created.workflow!r} can't be called with the "
-                f"recorded arguments: {type(error).__name__}: {error}. Restore the code that the run was started "
-                f"with and resume: pyworkflow-ray runs resume {created.run_id}",
-                now,
-            )
+            return self._pause("code", pausing.cannot_be_called(created, error), now)
         if before.cancel is not None:
             since = before.cancel.at if activation.cause == "wake" else now  # a lost owner must not shorten the grace
             self._cancel_deadline = since + self._limits.cancel_grace_s
@@ -143,7 +134,7 @@ class Driver:
         for event in list(self._history.deferred):
             if not self._over and not self._history.ended and event in self._history.deferred:
                 self._deliver(event.model_copy(update={"seq": -1, "at": now}), now)
-        self._open_chunks(now, recorded)
+        self._open_chunks(now, recorded - set(activation.resets))
         self._settle(now)
 
     def record(self, event: StepStarted | AttemptFailed, now: float) -> None:
@@ -372,13 +363,18 @@ class Driver:
     def _dispatch(self, step: StepState) -> None:
         created = self._history.created
         assert created is not None
+        if self._is_pausing():
+            return self._hold(step)
         ends_at = step.ends_at()
         if ends_at is not None and ends_at <= self._now:
-            return self._fail(step, step.attempt, step.last_error or self._too_late(step), "deadline", self._now)
+            return self._fail(step, step.attempt, overdue.too_late(step, self._codec), "deadline", self._now)
         step.dispatch += 1
         event = step.event
         if step.dispatch > 1 or step.waiting or step.attempt or step.recoveries:
-            self._command(StepDispatched(at=self._now, position=event.position, dispatch=step.dispatch))
+            policy = self._machine.policies.pop(event.position, None) if self._machine is not None else None
+            changed = policy if self._cause == "resume" else None
+            self._command(StepDispatched(at=self._now, position=event.position, dispatch=step.dispatch, policy=changed))
+            event = step.event
         step.dispatched, step.waiting, step.started_at = True, False, None
         step.first_attempt = step.attempt + 1
         call = StepCall(
@@ -414,11 +410,6 @@ class Driver:
         )
         self._gate(Dispatch(call))
 
-    def _too_late(self, step: StepState) -> Any:
-        name, total_s = step.event.step, step.event.policy.total_timeout_s or 0.0
-        error = StepTimeoutError(f"step {name!r}: its total_timeout of {total_s:g} s was over, and no attempt had ended")
-        return self._codec.encode_error(error, "timeout")
-
     def _take_up(self, position: str, step: StepState, waited: bool, activation: RunActivated, now: float) -> None:
         """An open step of an earlier activation: its worker died with its owner, or nobody had it."""
         if position in activation.resets:
@@ -431,7 +422,7 @@ class Driver:
         if step.verdict is not None:  # the last attempt was recorded, the end that follows from it was not
             most = step.event.policy.max_retries
             why = "permanent" if most is None or step.retries_used <= most else "exhausted"
-            return self._fail(step, step.attempt, step.verdict.error, why, now)
+            return self._fail(step, step.attempt, step.verdict.error, step.verdict.why or why, now)
         self._lose(step, "run_actor_lost", False, "", now)
 
     def _lose(self, step: StepState, cause: str, charged: bool, message: str, now: float) -> None:
@@ -481,52 +472,22 @@ class Driver:
             self._dispatch(step)
 
     def _time_out(self, step: StepState, started: float, timeout: float, now: float) -> None:
-        """The worker ended itself because an attempt stood still past its timeout: a failed attempt, not a loss.
-
-        What `retry_on` says is code and not known here: the taxonomy decides, by which timeouts are retried.
-        """
-        position, dispatch, attempt = step.event.position, step.dispatch, max(1, step.attempt)
-        error = StepTimeoutError(
-            f"attempt {attempt} of step {step.event.step!r} ran longer than its timeout of {timeout:g} s, "
-            "and could only be ended with its worker"
-        )
-        info = self._codec.encode_error(error, "timeout")
-        choice = decide(
-            error,
-            "timeout",
-            step.event.policy,
-            now=now,
-            rng=self._rng,
-            retries_used=step.retries_used,
-            deadline=min((at for at in (self._deadline(), step.ends_at()) if at is not None), default=None),
-            outcome_unknown=True,
-        )
-        retry = choice if isinstance(choice, Retry) else None
-        self._note(
-            AttemptFailed(
-                at=now,
-                position=position,
-                dispatch=dispatch,
-                attempt=attempt,
-                started_at=started,
-                ended_at=now,
-                error=info,
-                delay_s=retry.delay_s if retry else None,
-                delay_reason=retry.reason if retry else None,
-                retry_at=retry.retry_at if retry else None,
-            )
-        )
-        if retry is not None:
-            self._note(StepHandedBack(at=now, position=position, dispatch=dispatch, due_at=retry.retry_at))
-            if retry.retry_at <= now:
-                self._dispatch(step)
-        elif isinstance(choice, Stop) and choice.why == "lost":
-            lost = StepLostError(f"{error}; {choice.note}")
-            self._fail(step, attempt, self._codec.encode_error(lost, "permanent"), "lost", now)
-        else:
-            self._fail(step, attempt, info, choice.why if isinstance(choice, Stop) else "exhausted", now)
+        """The worker ended itself because an attempt stood still past its timeout: a failed attempt, not a loss."""
+        deadline = min((at for at in (self._deadline(), step.ends_at()) if at is not None), default=None)
+        record, final, why = overdue.stuck(step, started, timeout, now, self._rng, deadline, self._codec)
+        self._note(record)
+        if record.retry_at is None:
+            return self._fail(step, record.attempt, final, why, now)
+        position, dispatch = step.event.position, step.dispatch
+        self._note(StepHandedBack(at=now, position=position, dispatch=dispatch, due_at=record.retry_at))
+        if record.retry_at <= now:
+            self._dispatch(step)
 
     def _fail(self, step: StepState, attempt: int, error: Any, why: str, now: float) -> None:
+        if self._history.cancel is None and pausing.pauses(step, why):
+            if self._wanted_pause is None and self._history.created is not None:
+                self._wanted_pause = pausing.exhausted(self._history.created, step, error, why, now)
+            return
         if step.chunk is not None:
             lost = chunks.failed(step.chunk, step.dispatch, attempt, error, why, self._is_last(step), now)
             return self._deliver(lost, now)
@@ -580,8 +541,10 @@ class Driver:
 
     def _waits(self) -> list[float]:
         """Everything that time alone brings: timers and waiting retries."""
-        retries = [s.retry_at or 0.0 for s in self._history.steps.values() if s.ended is None and s.waiting]
-        return [*self._history.open_timers.values(), *retries]
+        timers = list(self._history.open_timers.values())
+        if self._is_pausing():
+            return timers
+        return timers + [s.retry_at or 0.0 for s in self._history.steps.values() if s.ended is None and s.waiting]
 
     def _settle(self, now: float) -> None:
         """After an input: limits, parking, and one append of all that is ready."""
@@ -601,6 +564,8 @@ class Driver:
             self._warned = True
             self._log(f"run {history.created.run_id if history.created else ''} has {history.counted} events")
         if history.ended is None and not any(s.dispatched for s in history.steps.values()):
+            if self._is_pausing():
+                return self._pause_now(now)
             self._wait_or_park(now)
         if self._pending or self._gated or (self._flush_at is not None and self._flush_at <= now):
             self._flush()

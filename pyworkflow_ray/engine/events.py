@@ -263,6 +263,7 @@ class StepDispatched(Event):
     type: Literal["step_dispatched"] = "step_dispatched"
     position: str
     dispatch: int
+    policy: RetryPolicy | None = Field(default=None, exclude_if=lambda policy: policy is None)  # holds from here on
 
 
 class AttemptFailed(Event):
@@ -287,10 +288,14 @@ class AttemptFailed(Event):
     breaker: str | None = None
     worker: str = ""
     node: str = ""
+    why: str = Field(default="", exclude_if=lambda why: not why)  # as in `step_failed`, where no attempt follows
 
 
 class StepHandedBack(Event):
-    """Note: the wait before the next attempt is long, so the worker was given back; the run dispatches at `due_at`."""
+    """Note: the wait before the next attempt is long, so the worker was given back; the run dispatches at `due_at`.
+
+    Of dispatch 0: it was never dispatched, for the run was about to pause.
+    """
 
     type: Literal["step_handed_back"] = "step_handed_back"
     position: str

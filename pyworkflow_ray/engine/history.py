@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from pyworkflow_ray.engine import pausing
 from pyworkflow_ray.engine.calls import PreviousFailure
 from pyworkflow_ray.engine.chunks import as_step, chunk_position, parse_position
 from pyworkflow_ray.engine.events import (
@@ -129,12 +130,14 @@ class History:
                 step.begin(event.started_at)
             case StepDispatched():
                 self.step(event.position).waiting = False
+                self._dispatched(event)
             case AttemptFailed():
                 self._attempt_failed(event)
             case StepHandedBack():
                 step = self.step(event.position)
                 step.waiting, step.dispatched, step.retry_at = True, False, event.due_at
-                step.begin(event.at)
+                if event.dispatch:
+                    step.begin(event.at)
             case StepLost():
                 step = self.step(event.position)
                 step.recoveries += event.charged
@@ -202,6 +205,12 @@ class History:
         step.retry_at = None
         step.attempt = max(step.attempt, attempt)
 
+    def _dispatched(self, event: StepDispatched) -> None:
+        step = self.step(event.position)
+        step.retry_at = None  # it was due, or a person would not wait for it: a loss must not wait for it again
+        if event.policy is not None:
+            step.event = step.event.model_copy(update={"policy": event.policy})
+
     def _attempt_failed(self, event: AttemptFailed) -> None:
         step = self.step(event.position)
         if event.attempt in step.failed_attempts:
@@ -227,19 +236,27 @@ class History:
         elif event.cause in ("resume", "cancel"):  # a person asked for it: the limits begin anew
             self.lost_activations = 0
             self.counted = 0
+            if event.cause == "resume":
+                pausing.grant(self.steps.values(), self.paused, event.at)
         self.paused = None
         for step in self.steps.values():
             step.dispatch, step.dispatched = 0, False
         if event.resets:
             self._reset(set(event.resets), event.at)
 
+    def _cut(self, positions: set[str]) -> int | None:
+        """Where the script ends for a reset: before the failure of a step, behind the last chunk of a map."""
+        for i, event in enumerate(self.script):
+            if isinstance(event, StepFailed) and event.position in positions:
+                return i
+        ends = [i for i, e in enumerate(self.script) if isinstance(e, ChunkCompleted) and e.position in positions]
+        return ends[-1] + 1 if ends else None
+
     def _reset(self, positions: set[str], now: float) -> None:
         """Take failed steps back: they are open again, with fresh attempts, and what the body did because they had
         failed never happened. The run's end is taken back too; keys of the steps (idempotency) stay the same. Timers
         that were cancelled for the failure go on with the time they had left."""
-        cut = next(
-            (i for i, e in enumerate(self.script) if isinstance(e, StepFailed) and e.position in positions), None
-        )
+        cut = self._cut(positions)
         if cut is None:
             self.script = [e for e in self.script if not isinstance(e, TERMINAL)]
         else:
@@ -264,7 +281,7 @@ class History:
                     self.open_timers[event.position] = now + max(0.0, due[event.position] - event.at)
                 elif isinstance(event, TimerStarted):
                     self.open_timers.pop(event.position, None)
-            self.script = self.script[:cut]
+            self.script = [_redone(event, positions) for event in self.script[:cut]]
             self.deferred = later
         for position in positions & self.steps.keys():
             event = self.steps[position].event
@@ -272,6 +289,17 @@ class History:
             self.steps[position] = StepState(event, attempt=attempt)
         self.ended = None
         self.cancel = None
+
+
+def _redone(event: Event, positions: set[str]) -> Event:
+    """Failed items of a map that is reset are tried again, the others stay as they are."""
+    if (
+        isinstance(event, ChunkCompleted)
+        and event.position in positions
+        and (event.failures or event.done < event.count)
+    ):
+        return event.model_copy(update={"redo": True})
+    return event
 
 
 def _supersedes(event: Event, deferred: Event) -> bool:

@@ -40,6 +40,7 @@ from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.engine.loop import WorkflowLoop
 from pyworkflow_ray.engine.saga import Saga
 from pyworkflow_ray.errors import NonDeterminismError, RunCancelledError, StepTimeoutError
+from pyworkflow_ray.resilience.policy import RetryPolicy
 from pyworkflow_ray.resilience.taxonomy import Kind, classify
 
 Flow = Callable[..., Coroutine[Any, Any, Any]]
@@ -75,7 +76,9 @@ class Machine:
         self.saga = self.loop.saga = Saga(self.loop, created.run_id, lambda: self._cancel is not None)
         self._root: asyncio.Task[Any] | None = None
         self._cancel: RunCancelRequested | None = None
-        self._blame: list[tuple[BaseException, str]] = []  # exceptions of steps, with their position
+        self.policies: dict[str, RetryPolicy] = {}  # of replayed steps for which the code now gives another one
+        self._blame: list[tuple[BaseException, str]] = []  # exceptions of steps and maps, with their position
+        self.loop.blame = lambda error, position: self._blame.append((error, position))
         self.ended = False
 
     def replay(self, script: list[Event], started_at: float) -> list[Event]:
@@ -96,7 +99,10 @@ class Machine:
             if isinstance(event, COMMANDS):
                 if given >= len(self._emitted):
                     raise self._mismatch(event, None)
-                _compare(event, self._emitted[given], self._mismatch)
+                attempted = self._emitted[given]
+                _compare(event, attempted, self._mismatch)
+                if isinstance(attempted, StepScheduled) and attempted.policy != getattr(event, "policy", None):
+                    self.policies[attempted.position] = attempted.policy
                 given += 1
             else:
                 if given < len(self._emitted):

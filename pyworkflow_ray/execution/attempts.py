@@ -152,6 +152,7 @@ class FailedAttempt:
     delay_reason: str | None
     retry_at: float | None
     breaker: str | None
+    why: str = ""  # as in `StepFailed.why`, where no attempt follows
 
 
 @dataclass(slots=True)
@@ -364,7 +365,9 @@ def _failure(
     breaker: str | None,
 ) -> FailedAttempt:
     if isinstance(decision, Stop):
-        return FailedAttempt(attempt, started_at, ended_at, error, kind, None, decision.note, None, breaker)
+        return FailedAttempt(
+            attempt, started_at, ended_at, error, kind, None, decision.note, None, breaker, decision.why
+        )
     return FailedAttempt(
         attempt, started_at, ended_at, error, kind, decision.delay_s, decision.reason, decision.retry_at, breaker
     )

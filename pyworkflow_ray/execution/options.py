@@ -50,7 +50,6 @@ WORKFLOW_OPTIONS = ("name", "version", "max_duration", "actor_options", "max_rec
 RUN_OPTIONS = ("run_id", "attributes")
 # The contract's options that this version does not have, with the one value that asks for nothing.
 _NOT_BUILT: dict[str, Any] = {
-    "on_exhausted": "raise",
     "on_open": "raise",
     "retry_budget": None,
     "actor_options": None,
@@ -122,6 +121,7 @@ def check_step_options(given: Mapping[str, Any], where: str = "@step") -> StepOp
         max_retry_delay_s=check.duration("max_retry_delay", None),
         jitter=check.choice("jitter", "auto", _JITTERS),
         timeout_s=check.duration("timeout", None, above_zero=True),
+        on_exhausted=check.choice("on_exhausted", "raise", ("raise", "pause")),
         total_timeout_s=check.duration("total_timeout", None, above_zero=True),
         idempotent=check.flag("idempotent", True),
         max_recoveries=check.whole("max_recoveries", 3) or 0,

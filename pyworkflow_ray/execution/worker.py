@@ -264,6 +264,7 @@ class Execution:
             breaker=failure.breaker,
             worker=self.worker,
             node=self.node,
+            why=failure.why,
         )
         self.records.append(record)
         if len(self.records) > MAX_RECORDS:

@@ -58,6 +58,7 @@ def stuck_outcome(call: StepCall, process: Process, attempt: int, retries_used: 
         delay_s=again.delay_s if again else None,
         delay_reason=again.reason if again else "none left",
         retry_at=again.retry_at if again else None,
+        why="" if isinstance(decided, Retry) else decided.why,
         node=process.node,
     )
     return Outcome(

@@ -94,7 +94,7 @@ class Owner:
         self._loop.call_soon(self._guarded, lambda: self._control("cancel", lambda d: d.cancel(reason, self._now())))
 
     def wake(self) -> None:
-        self._loop.call_soon(self._guarded, lambda: self._control("wake", self._retry_now))
+        self._loop.call_soon(self._guarded, lambda: self._control("wake", lambda d: d.wake(self._now())))
 
     def resume(self) -> None:
         """A paused run goes on, a failed one from its failed step; others stay as they are.
@@ -122,12 +122,6 @@ class Owner:
             self._activate(cause, then=do)
         elif self._driver is not None:
             self._input(self._driver, do)
-
-    def _retry_now(self, driver: Driver) -> None:
-        for step in driver.history.steps.values():
-            if step.ended is None and step.waiting:
-                step.retry_at = self._now()
-        driver.tick(self._now())
 
     def _reopen(self) -> None:
         self.paused = None

@@ -1,0 +1,149 @@
+"""Pauses that a step or a person asks for: what is recorded, and which steps a resume gives fresh attempts.
+
+Pure. Called by `driver` (of which `PausingDriver` is a part) and `history`. Rules:
+
+* a run that is to pause begins nothing more; it pauses once what runs has ended, so that no attempt is lost by it;
+* what the body asks for meanwhile is held: recorded as handed back, due at once;
+* a resume grants each step that used up its attempts a fresh set; the policy that the code now gives holds from then on
+  for every open step; the numbers of attempts and the idempotency key go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from pyworkflow_ray.engine.events import ErrorInfo, Event, RunCreated, RunPaused, StepHandedBack
+
+if TYPE_CHECKING:
+    from pyworkflow_ray.engine.history import History, StepState
+
+PAUSES = ("exhausted", "deadline", "budget")  # `StepFailed.why` of a step that gave up, and might not have
+
+
+def pauses(step: StepState, why: str) -> bool:
+    """Whether the run pauses instead of the step failing."""
+    policy = step.event.policy
+    if policy.on_exhausted != "pause" or why not in PAUSES:
+        return False
+    # without a total timeout it is the run's own end that leaves no time
+    return why != "deadline" or policy.total_timeout_s is not None
+
+
+def exhausted(created: RunCreated, step: StepState, error: ErrorInfo, why: str, now: float) -> RunPaused:
+    """The pause of a run one of whose steps gave up."""
+    event, run_id = step.event, created.run_id
+    words = {
+        "exhausted": f"used up its attempts ({step.attempt})",
+        "deadline": f"used up its total_timeout ({step.attempt} attempts)",
+        "budget": f"was refused another attempt by its retry budget ({step.attempt} so far)",
+    }[why]
+    return RunPaused(
+        at=now,
+        reason="step_exhausted",
+        message=(
+            f"run {run_id!r} is paused: step {event.step!r} (position {event.position}) {words}; the last failure was "
+            f"{error.type}: {error.message}. Mend what it needs, then grant it fresh attempts: "
+            f"pyworkflow-ray runs resume {run_id}"
+        ),
+        details={"position": event.position, "step": event.step, "why": why, "type": error.type},
+    )
+
+
+def by_hand(created: RunCreated, now: float) -> RunPaused:
+    """The pause that a person asked for."""
+    run_id = created.run_id
+    return RunPaused(
+        at=now,
+        reason="user",
+        message=f"run {run_id!r} is paused by hand. Go on: pyworkflow-ray runs resume {run_id}",
+    )
+
+
+def lost_too_often(created: RunCreated, times: int) -> str:
+    return (
+        f"run {created.run_id!r} is paused: {times} activations were lost without a step completed in between "
+        f"(max_recoveries={created.max_recoveries}). Find what kills it, then: "
+        f"pyworkflow-ray runs resume {created.run_id}"
+    )
+
+
+def cannot_be_called(created: RunCreated, error: Exception) -> str:
+    return (
+        f"run {created.run_id!r} is paused: its workflow {created.workflow!r} can't be called with the recorded "
+        f"arguments: {type(error).__name__}: {error}. Restore the code that the run was started with and resume: "
+        f"pyworkflow-ray runs resume {created.run_id}"
+    )
+
+
+def grant(steps: Iterable[StepState], paused: RunPaused | None, now: float) -> None:
+    """A person resumed the run: what gave up has a fresh set of attempts, and every limit of time begins anew."""
+    gave_up: Any = paused.details.get("position") if paused is not None and paused.reason == "step_exhausted" else None
+    for step in steps:
+        if step.ended is not None:
+            continue
+        step.began_at = None
+        if step.event.policy.on_exhausted == "pause" and (step.verdict is not None or step.event.position == gave_up):
+            step.verdict = None
+            step.retries_used = step.recoveries = 0
+            step.waiting, step.retry_at = True, now
+
+
+class PausingDriver:
+    """The part of the driver that pauses and wakes. The rest of it is in `driver`."""
+
+    _history: History
+    _over: bool
+    _now: float
+    _wanted_pause: RunPaused | None
+    _paused_by_hand: bool
+
+    if TYPE_CHECKING:
+
+        def _note(self, event: Event) -> None: ...
+
+        def _dispatch(self, step: StepState) -> None: ...
+
+        def _settle(self, now: float) -> None: ...
+
+        def _pause(self, reason: Any, message: str, now: float, details: dict[str, Any] | None = None) -> None: ...
+
+    def pause(self, now: float) -> None:
+        """Pause the run for a person, once what runs has ended; nothing more begins.
+
+        May be called before `activate`: then nothing is dispatched at all.
+        """
+        self._now = now
+        if self._over or self._history.ended is not None or self._history.paused is not None:
+            return
+        self._paused_by_hand = True
+        if self._history.created is not None:
+            self._settle(now)
+
+    def wake(self, now: float) -> None:
+        """Parked retries happen now, durably: a recovery does not wait for them again. Timers stay as they are."""
+        self._now = now
+        if self._over or self._history.created is None or self._history.paused is not None:
+            return
+        for step in list(self._history.steps.values()):
+            if step.ended is None and step.waiting and self._history.ended is None:
+                self._dispatch(step)
+        self._settle(now)
+
+    def _is_pausing(self) -> bool:
+        """Whether the run begins nothing more, for it is to pause. A cancelled run ends instead."""
+        wanted = self._wanted_pause is not None or self._paused_by_hand
+        return wanted and self._history.cancel is None
+
+    def _hold(self, step: StepState) -> None:
+        """Not now: the run is about to pause. It is due at once when the run goes on."""
+        if not step.waiting:
+            position = step.event.position
+            self._note(StepHandedBack(at=self._now, position=position, dispatch=step.dispatch, due_at=self._now))
+
+    def _pause_now(self, now: float) -> None:
+        """Nothing runs any more: the pause that was asked for begins."""
+        created = self._history.created
+        assert created is not None
+        event = self._wanted_pause or by_hand(created, now)
+        self._pause(event.reason, event.message, now, event.details)
