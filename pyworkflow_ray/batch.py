@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from pyworkflow_ray.engine.calls import MapRequest
+from pyworkflow_ray.engine.loop import current_workflow
 from pyworkflow_ray.engine.maps import RATIO_SAMPLE, MapOutcome
 from pyworkflow_ray.errors import ConfigurationError, ItemNotDoneError
 from pyworkflow_ray.execution.code import describe_step
@@ -52,6 +53,7 @@ class BatchResult(Generic[R]):
     retried: dict[str, int] = field(default_factory=dict)
     failed_items: dict[int, Any] = field(default_factory=dict)
     _step: Any = field(default=None, repr=False, compare=False)
+    _position: str = field(default="", repr=False, compare=False)
 
     @property
     def succeeded(self) -> list[R]:
@@ -67,6 +69,8 @@ class BatchResult(Generic[R]):
     def raise_if_failed(self, max_failures: int = 0, max_ratio: float | None = None) -> None:
         """Raise where more has failed than allowed.
 
+        `pw.resume` of a run that failed of it executes the failed items alone again, with fresh attempts.
+
         Args:
             max_failures: So many failed items are allowed (default none).
             max_ratio: This share of the items that were done is allowed, 0 to 1. With it, `max_failures` counts only
@@ -80,7 +84,11 @@ class BatchResult(Generic[R]):
         if max_ratio is not None:
             limits.append(math.floor(max_ratio * done + 1e-9))
         if len(self.failed) > min(limits):
-            raise ExceptionGroup(self._summary(), [error for _, error in self.failed[:GROUP_MAX]])
+            group = ExceptionGroup(self._summary(), [error for _, error in self.failed[:GROUP_MAX]])
+            engine = current_workflow()
+            if engine is not None and self._position:
+                engine.blame(group, self._position)  # a run that fails of it is resumed from this map
+            raise group
 
     async def rerun_failed(self, *, concurrency: int | None = None, chunk_size: int | None = None) -> BatchResult[R]:
         """Map the failed items again, and those that are not done: the batch with their new results in their places.
@@ -193,6 +201,7 @@ async def map_durably(step: Step[..., R], engine: Any, items: Iterable[Any], opt
         outcome.retried,
         outcome.inputs,
         step,
+        outcome.position,
     )
 
 

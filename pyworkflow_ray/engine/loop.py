@@ -86,6 +86,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         self.step_count = 0
         self.run_data: Any = None  # what `current_run()` shows; set by the machine
         self.saga: Any = None  # the run's compensations; set by the machine
+        self.blame: Callable[[BaseException, str], None] = lambda error, position: None  # set by the machine
         self.emit = self._emit = emit
         self._ready: deque[asyncio.Handle] = deque()
         self._created = 0

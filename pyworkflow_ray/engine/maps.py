@@ -33,8 +33,8 @@ class MapOutcome:
     """What a map came to. `results`: one an item that was drawn: its value, or its exception.
 
     failed: index and exception. not_done: indices of items that were drawn and did not end, for the map stopped early.
-    inputs: by index, the items that failed or are not done. stopped: why it stopped early. retried: attempts made
-    again, by error type.
+    position: of the map. inputs: by index, the items that failed or are not done. stopped: why it stopped early.
+    retried: attempts made again, by error type.
     """
 
     results: list[Any] = field(default_factory=list)
@@ -43,6 +43,7 @@ class MapOutcome:
     inputs: dict[int, Any] = field(default_factory=dict)
     stopped: str | None = None
     retried: dict[str, int] = field(default_factory=dict)
+    position: str = ""
 
 
 @dataclass(slots=True)
@@ -72,6 +73,7 @@ class MapInProgress:
         self._request = request
         self._items: Iterator[Any] = iter(items)
         self._chunks: dict[int, _Chunk] = {}
+        self._redone: dict[int, _Chunk] = {}  # ended, and items of them are tried again
         self._outcome = MapOutcome()
         self._failed = 0
         self._done = 0
@@ -88,7 +90,7 @@ class MapInProgress:
         try:
             while True:
                 self._draw()
-                if not self._chunks:
+                if not self._chunks and not self._redone:
                     break
                 self._wakes = loop.create_future()
                 await self._wakes
@@ -97,10 +99,14 @@ class MapInProgress:
                     break
         finally:
             # also when the items' own iterator raises, or the body no longer waits: what runs is cancelled
-            if loop.maps.pop(position, None) is not None and self._chunks and not loop.evicted:
+            if loop.maps.pop(position, None) is not None and self._is_open() and not loop.evicted:
                 loop.emit(StepCancelled(at=loop.now_s, position=position))
         self._close()
+        self._outcome.position = position
         return self._outcome
+
+    def _is_open(self) -> bool:
+        return bool(self._chunks or self._redone)
 
     def look_ahead(self) -> None:
         """Learn whether there is a first item at all: an empty map has a known length."""
@@ -152,6 +158,7 @@ class MapInProgress:
                 )
         outcome.failed.sort(key=lambda pair: pair[0])
         self._chunks.clear()
+        self._redone.clear()
         self._peeked.clear()
 
     # From the machine and the driver -------------------------------------------------------------------------------
@@ -198,11 +205,19 @@ class MapInProgress:
         chunk = self._chunk(event.first, event.count)
         assert chunk is not None
         self._fill(event, chunk)
-        chunk.left -= event.count
-        self._ended_early = self._ended_early or event.done < event.count
-        if chunk.left == 0 and event.done == event.count:
-            del self._chunks[chunk.first]
-        if chunk.left == 0 or self._too_many() is not None:
+        self._ended_early = self._ended_early or (event.done < event.count and not event.redo)
+        left = sum(result is _PENDING for result in self._outcome.results[chunk.first : chunk.first + len(chunk.items)])
+        over = left == 0
+        if chunk.first in self._chunks:
+            chunk.left -= event.count
+            over = chunk.left == 0
+            if over and (left == 0 or event.redo):
+                del self._chunks[chunk.first]
+                if left:  # they do not keep the next chunk waiting: it was drawn when this one had ended
+                    self._redone[chunk.first] = chunk
+        elif over:
+            del self._redone[chunk.first]
+        if over or self._too_many() is not None:
             self._wake()
 
     def _wake(self) -> None:
@@ -216,6 +231,8 @@ class MapInProgress:
         for offset in range(event.done):
             index = event.first + offset
             number = failed.get(index)
+            if number is not None and event.redo:
+                continue  # as if it had never ended
             value = codec.decode_error(event.errors[number]) if number is not None else values[offset]
             if number is not None or isinstance(value, _Broken):
                 failure: Any = value.error if isinstance(value, _Broken) else value
@@ -225,7 +242,7 @@ class MapInProgress:
                 self._failed += 1
             else:
                 outcome.results[index] = value
-        self._done += event.done
+        self._done += event.done - (len(failed) if event.redo else 0)
         for name, count in event.retried.items():
             outcome.retried[name] = outcome.retried.get(name, 0) + count
 
@@ -233,7 +250,7 @@ class MapInProgress:
         whole = self._chunks.get(first)
         if whole is not None and count <= len(whole.items):
             return whole
-        for chunk in self._chunks.values():
+        for chunk in (*self._chunks.values(), *self._redone.values()):
             if chunk.first <= first and first + count <= chunk.first + len(chunk.items):
                 return chunk
         return None

@@ -64,9 +64,16 @@ class MapTrack(Track):
         self.chunks_lost += event.charged
         self.last_at = event.at
 
+    def reset(self, at: float) -> None:
+        """Resume of a run that failed of this map: its failed items are tried again."""
+        self.done -= self.failures.total()
+        self.failures.clear()
+        super().reset(at)
+        self.state, self.last_at = "running", at
+        self.attempts.append(Attempt(0, 0, len(self.attempts) + 1, started_at=at))
+
     def _finish(self, at: float) -> None:
-        for attempt in self.attempts:
-            attempt.status, attempt.ended_at = "succeeded", at
+        self.attempts[-1].status, self.attempts[-1].ended_at = "succeeded", at
         self._end("completed", at, at)
 
     @property

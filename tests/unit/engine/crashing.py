@@ -75,6 +75,7 @@ class CrashingRun:
         self.definitions = {s.definition.name: s.definition for s in world.steps}
         self.now = START_AT
         self.executed: list[tuple[str, str, int]] = []
+        self.first: tuple[str, list[str]] = ("start", [])
         self.crashes = 0
         self.most_waiting = 0
         self.ended: Event | None = None
@@ -84,14 +85,19 @@ class CrashingRun:
         self.rng = random.Random(world.seed)
 
     def run(self) -> CrashingRun:
-        epoch, cause = 0, "start"
+        (cause, resets), epoch = self.first, sum(e.type == "run_activated" for e in self.events)
         while self.ended is None and self.paused is None:
             self.driver = Driver(
                 self.flow, self.codec, limits=self.world.limits, rng=random.Random(0), log=lambda line: None
             )
             self.waiting.clear()
             try:
-                activation = RunActivated(epoch=epoch, cause=cause, charged=cause == "recovery")  # type: ignore[arg-type]
+                activation = RunActivated(
+                    epoch=epoch,
+                    cause=cause,  # type: ignore[arg-type]
+                    charged=cause == "recovery",
+                    resets=resets,
+                )
                 self.driver.activate(list(self.events), activation, self.now)
                 cause = self._own()
             except Crash:
@@ -101,6 +107,8 @@ class CrashingRun:
             finally:
                 self.driver.evict()
             epoch += 1
+            if any(e.type == "run_activated" and e.resets == resets for e in self.events):  # type: ignore[attr-defined]
+                resets = []
         return self
 
     def _own(self) -> str:
