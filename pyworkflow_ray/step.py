@@ -241,9 +241,6 @@ def step(fn: Any = None, /, **options: Any) -> Any:
         on_exhausted: "raise": a step whose attempts or total timeout are used up fails. "pause": its run pauses for a
             person, once what else it executes has ended; `pw.resume(run_id)` grants a fresh set of attempts, by the
             options that the code then gives. A plain call raises in both cases.
-        on_exhausted: "raise": a step whose attempts or total timeout are used up fails. "pause": its run pauses for a
-            person, once what else it executes has ended; `pw.resume(run_id)` grants a fresh set of attempts, by the
-            options that the code then gives. A plain call raises in both cases.
         breaker: A `CircuitBreaker` or its name.
         idempotent: False: an attempt whose outcome is unknown is never repeated; the workflow gets `StepLostError`.
         max_recoveries: Executions again after a lost worker, node, or out of memory, ≥ 0 (default 3).
