@@ -76,6 +76,7 @@ class Machine:
         self.saga = self.loop.saga = Saga(self.loop, created.run_id, lambda: self._cancel is not None)
         self._root: asyncio.Task[Any] | None = None
         self._cancel: RunCancelRequested | None = None
+        self.policies: dict[str, RetryPolicy] = {}  # of replayed steps for which the code now gives another one
         self._blame: list[tuple[BaseException, str]] = []  # exceptions of steps and maps, with their position
         self.loop.blame = lambda error, position: self._blame.append((error, position))
         self.ended = False
