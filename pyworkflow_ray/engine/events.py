@@ -406,6 +406,7 @@ class ChunkCompleted(Event):
     retried: attempts that were made again, by type of the error before them.
     items: digest of the items where their encoding is canonical: replay compares what is drawn with it.
     last: no item follows.
+    redo: never recorded: its failed items are tried again, for the run was resumed from this map.
     """
 
     type: Literal["chunk_completed"] = "chunk_completed"
@@ -423,6 +424,7 @@ class ChunkCompleted(Event):
     retried: dict[str, int] = Field(default_factory=dict)
     items: str | None = None
     last: bool = False
+    redo: bool = Field(default=False, exclude=True)
     worker: str = ""
     node: str = ""
 
