@@ -48,3 +48,27 @@ async def ten_slow(seconds: float) -> int:
     for _ in range(10):
         await slow_step(seconds)
     return 10
+
+
+@workflow
+async def map_tasks(items: int, chunk: int) -> int:
+    """A map of no-op items over task workers."""
+    batch = await task_step.map(range(items), concurrency=8, chunk_size=chunk)
+    batch.raise_if_failed()
+    return len(batch)
+
+
+@workflow
+async def map_local(items: int, chunk: int) -> int:
+    """A map of no-op items in the run's actor."""
+    batch = await local_step.map(range(items), concurrency=2, chunk_size=chunk)
+    batch.raise_if_failed()
+    return len(batch)
+
+
+@workflow
+async def gather_singles(items: int) -> int:
+    """No-op steps, a call an item, all at once."""
+    import asyncio
+
+    return len(await asyncio.gather(*(task_step(n) for n in range(items))))
