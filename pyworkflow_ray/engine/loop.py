@@ -363,7 +363,9 @@ _swap = getattr(asyncio.tasks, "_swap_current_task", None)
 
 
 def _leave_task(loop: Any) -> Any:
-    return _swap(loop, None) if _swap is not None and loop is not None else None
+    if _swap is None or loop is None or asyncio.current_task(loop) is None:
+        return None  # 3.12 has a KeyError for a loop without a current task
+    return _swap(loop, None)
 
 
 def _enter_task(loop: Any, task: Any) -> None:
