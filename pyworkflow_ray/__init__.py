@@ -35,6 +35,7 @@ _HOMES: dict[str, str] = {
     "on_retry": "pyworkflow_ray.execution.hooks",
     "register_kind": "pyworkflow_ray.resilience.taxonomy",
     "CircuitBreaker": "pyworkflow_ray.breaker",
+    "RetryBudget": "pyworkflow_ray.budget",
     **dict.fromkeys(("BatchResult", "first_success"), "pyworkflow_ray.batch"),
     **dict.fromkeys(
         (
@@ -87,7 +88,6 @@ _HOMES: dict[str, str] = {
 # Names of the public contract that later versions bring.
 _LATER: dict[str, str] = {
     "HealthReport": "",
-    "RetryBudget": "limit retries a step with max_retries",
     "health": "",
     "on_breaker_open": "",
     "on_run_failed": "",
@@ -104,6 +104,7 @@ __all__ = [
     "ItemNotDoneError",
     "NonDeterminismError",
     "PyWorkflowError",
+    "RetryBudget",
     "RetryBudgetExhausted",
     "RetryableError",
     "RunCancelledError",
@@ -151,6 +152,7 @@ __all__ = [
 if TYPE_CHECKING:
     from pyworkflow_ray.batch import BatchResult, first_success
     from pyworkflow_ray.breaker import CircuitBreaker
+    from pyworkflow_ray.budget import RetryBudget
     from pyworkflow_ray.context import current_run, current_step, get_logger, now, random, sleep, uuid4
     from pyworkflow_ray.errors import (
         CircuitOpenError,

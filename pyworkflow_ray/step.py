@@ -17,6 +17,7 @@ from pyworkflow_ray.execution.options import check_step_options
 
 if TYPE_CHECKING:
     from pyworkflow_ray.batch import BatchResult
+    from pyworkflow_ray.budget import RetryBudget
     from pyworkflow_ray.durations import Duration
     from pyworkflow_ray.resilience.policy import Jitter
 
@@ -211,7 +212,7 @@ def step(
     ray_remote_args: Mapping[str, Any] | None = None,
     on_exhausted: Literal["raise", "pause"] = "raise",
     on_open: Literal["raise"] = "raise",
-    retry_budget: None = None,
+    retry_budget: RetryBudget | str | None = None,
 ) -> StepDecorator: ...
 
 
@@ -242,6 +243,8 @@ def step(fn: Any = None, /, **options: Any) -> Any:
             person, once what else it executes has ended; `pw.resume(run_id)` grants a fresh set of attempts, by the
             options that the code then gives. A plain call raises in both cases.
         breaker: A `CircuitBreaker` or its name.
+        retry_budget: A `RetryBudget` or its name: each retry takes tokens from it, across the cluster; where it is
+            empty the step fails with `RetryBudgetExhausted` from its last error.
         idempotent: False: an attempt whose outcome is unknown is never repeated; the workflow gets `StepLostError`.
         max_recoveries: Executions again after a lost worker, node, or out of memory, ≥ 0 (default 3).
         executor: "task": a Ray task; "local": inside the run's actor, for tiny steps.

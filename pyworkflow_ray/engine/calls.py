@@ -91,6 +91,7 @@ class StepCall:
     deadline: float | None = None
     trace_id: str = ""
     chunk: ChunkCall | None = None  # of a map; `position` is then the chunk's
+    budget_settings: dict[str, Any] | None = None
     kinds: dict[str, Kind] = field(default_factory=dict)  # of exception types that the run's starter registered
     hooks: dict[str, list[CodeRef]] = field(default_factory=dict)
 

@@ -405,6 +405,7 @@ class Driver(pausing.PausingDriver):
             deadline=None if event.compensates else self._deadline(),
             trace_id=created.trace_id,
             chunk=self._chunk_call(step),
+            budget_settings=created.budgets.get(event.policy.retry_budget) if event.policy.retry_budget else None,
             kinds=created.kinds,
             hooks=created.hooks,
         )

@@ -141,6 +141,7 @@ class RunCreated(Event):
     max_recoveries: int = 20
     trace_id: str = ""
     breakers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    budgets: dict[str, dict[str, Any]] = Field(default_factory=dict)
     kinds: dict[str, Kind] = Field(default_factory=dict)  # registered exception types, by "module:qualname"
     hooks: dict[str, list[CodeRef]] = Field(default_factory=dict)  # functions to be told: "retry", "run_failed", ...
     rerun_of: str | None = None  # the run whose workflow and arguments these are

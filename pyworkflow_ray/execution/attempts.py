@@ -4,8 +4,8 @@ Called by `worker` and `plain`, which carry out its commands through `perform`; 
 
 * a generator: it yields what is to be done next and is sent how that went; it has no clock, thread or randomness of
   its own, so a virtual clock drives it as a real one does;
-* order of wrapping, outermost first: total timeout, retry loop, circuit breaker, attempt timeout, the user's
-  function. Every attempt asks the breaker, and tells it its end before anything else is known of that end;
+* order of wrapping, outermost first: total timeout, retry loop, retry budget, circuit breaker, attempt timeout, the
+  user's function. Every attempt asks the breaker, and tells it its end before anything else is known of that end;
 * cancellation is never retried and never counted; it is looked for before each attempt and ends a wait;
 * deadlines nest, the smaller remaining one wins: an attempt is stopped at the end of the total timeout, and a wait that
   cannot end before that, or before the run's own end, is not begun;
@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol
 
 from pyworkflow_ray.durations import format_duration
 from pyworkflow_ray.engine.calls import PreviousFailure
-from pyworkflow_ray.errors import CircuitOpenError, StepLostError, StepTimeoutError
+from pyworkflow_ray.errors import CircuitOpenError, RetryBudgetExhausted, StepLostError, StepTimeoutError
 from pyworkflow_ray.resilience.breaker import error_text
 from pyworkflow_ray.resilience.policy import RetryPolicy
 from pyworkflow_ray.resilience.retry import DelayOf, ErrorFilter, Retry, Stop, decide
@@ -45,6 +45,21 @@ class Wait:
     """Sleep; ends early when the call is cancelled."""
 
     seconds: float
+
+
+@dataclass(slots=True, frozen=True)
+class AskBudget:
+    """A retry is to follow `error`: take its price from the step's retry budget.
+
+    Answer: `Granted`, or `Failed` where it could not be asked.
+    """
+
+    error: BaseException
+
+
+@dataclass(slots=True, frozen=True)
+class TellBudget:
+    """The step succeeded: the budget gets tokens back."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -74,7 +89,12 @@ class TellBreaker:
     error: BaseException | None
 
 
-Command = Wait | AskBreaker | RunAttempt | TellBreaker
+Command = Wait | AskBudget | TellBudget | AskBreaker | RunAttempt | TellBreaker
+
+
+@dataclass(slots=True, frozen=True)
+class Granted:
+    granted: bool
 
 
 @dataclass(slots=True, frozen=True)
@@ -111,7 +131,7 @@ class Cancelled:
     pass
 
 
-Answer = Admitted | Refused | Succeeded | Failed | Cancelled | None
+Answer = Granted | Admitted | Refused | Succeeded | Failed | Cancelled | None
 
 
 class Permit(Protocol):
@@ -162,6 +182,7 @@ class Plan:
     Args:
         step: Name of the step, for messages.
         guarded: Whether a breaker is to be asked.
+        budget: Name of the retry budget that each retry is to be taken from.
         first_attempt: Number of the first attempt made here.
         retries_used: Retries that were used before.
         previous: Failures before, oldest first.
@@ -184,6 +205,7 @@ class Plan:
     no_retry_on: ErrorFilter = ()
     delay_of: DelayOf | None = None
     guarded: bool = False
+    budget: str | None = None
     first_attempt: int = 1
     retries_used: int = 0
     previous: Sequence[PreviousFailure] = ()
@@ -244,6 +266,8 @@ def attempts(plan: Plan) -> Generator[Command, Answer, Ended]:
         if isinstance(answer, Succeeded):
             try:
                 value = answer.value if plan.accept is None else plan.accept(answer.value)
+                if plan.budget is not None:
+                    yield TellBudget()
                 return Ended(
                     "completed", attempt, value=value, started_at=started_at, ended_at=ended_at, breaker=breaker
                 )
@@ -270,6 +294,8 @@ def attempts(plan: Plan) -> Generator[Command, Answer, Ended]:
                 refused=isinstance(answer, Refused),
                 outcome_unknown=isinstance(answer, Failed) and answer.outcome_unknown,
             )
+        if plan.budget is not None and isinstance(decision, Retry):
+            decision = yield from _afford(plan.budget, decision, answer.error)
         failure = _failure(attempt, started_at, ended_at, answer.error, kind, decision, breaker)
         history.add(failure)
         _log(plan, failure, decision)
@@ -323,6 +349,15 @@ def _one(
     return answer, breaker
 
 
+def _afford(budget: str, retry: Retry, error: BaseException) -> Generator[Command, Answer, Retry | Stop]:
+    """The retry, where its budget has the tokens for it."""
+    answer = yield AskBudget(error)
+    if isinstance(answer, Failed):
+        return Stop("code", f"retry budget {budget!r} could not be asked: {error_text(answer.error)}")
+    assert isinstance(answer, Granted), answer
+    return retry if answer.granted else Stop("budget", f"retry budget {budget!r} is empty")
+
+
 def _ends_at(plan: Plan) -> float | None:
     """UNIX time at which the total timeout is over."""
     total_s = plan.policy.total_timeout_s
@@ -374,6 +409,13 @@ def _failure(
 
 
 def _final(plan: Plan, failure: FailedAttempt, stop: Stop) -> BaseException:
+    if stop.why == "budget":
+        empty = RetryBudgetExhausted(
+            f"step {plan.step!r}: attempt {failure.attempt} failed with {error_text(failure.error)}, and {stop.note}: "
+            "too much of what it calls fails to try again"
+        )
+        empty.__cause__ = failure.error
+        return empty
     if stop.why != "lost":
         return failure.error
     lost = StepLostError(

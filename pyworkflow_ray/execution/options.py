@@ -51,7 +51,6 @@ RUN_OPTIONS = ("run_id", "attributes")
 # The contract's options that this version does not have, with the one value that asks for nothing.
 _NOT_BUILT: dict[str, Any] = {
     "on_open": "raise",
-    "retry_budget": None,
     "actor_options": None,
 }
 # Ray's own options for tasks that may be handed on, beside those that have a name of ours (Ray 2.60). Ray checks them;
@@ -121,6 +120,7 @@ def check_step_options(given: Mapping[str, Any], where: str = "@step") -> StepOp
         max_retry_delay_s=check.duration("max_retry_delay", None),
         jitter=check.choice("jitter", "auto", _JITTERS),
         timeout_s=check.duration("timeout", None, above_zero=True),
+        retry_budget=_budget(check),
         on_exhausted=check.choice("on_exhausted", "raise", ("raise", "pause")),
         total_timeout_s=check.duration("total_timeout", None, above_zero=True),
         idempotent=check.flag("idempotent", True),
@@ -314,6 +314,18 @@ def _retry_delay(check: _Checker) -> tuple[float, tuple[float, ...] | None, Dela
         except (TypeError, ValueError) as error:
             check.refuse("retry_delay", f"a list of durations ≥ 0 ({_DURATION})", f" Item {number}: {error}")
     return 1.0, tuple(delays), None
+
+
+def _budget(check: _Checker) -> str | None:
+    """Name of the retry budget; the object has declared it in this process."""
+    value = check.given.get("retry_budget")
+    if value is None:
+        return None
+    if not isinstance(value, str) and type(value).__name__ == "RetryBudget" and hasattr(value, "name"):
+        return str(value.name)
+    if not isinstance(value, str) or not 1 <= len(value) <= 128 or not value.isprintable():
+        check.refuse("retry_budget", "a RetryBudget or its name, or None")
+    return value
 
 
 def _breaker(check: _Checker) -> Any:

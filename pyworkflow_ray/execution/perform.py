@@ -20,17 +20,21 @@ from pyworkflow_ray.execution.attempts import (
     Admitted,
     Answer,
     AskBreaker,
+    AskBudget,
     Cancelled,
     Command,
     Ended,
     Failed,
+    Granted,
     Guard,
     Refused,
     RunAttempt,
     Succeeded,
     TellBreaker,
+    TellBudget,
     Wait,
 )
+from pyworkflow_ray.execution.budgets import Budget, LocalBudget, throttled
 from pyworkflow_ray.execution.context import StepContext, entered
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.timeouts import StopUserCode, SyncGuard, on_main_thread
@@ -52,6 +56,7 @@ class Work:
         context: What `current_step()` shows in this attempt.
         total_timeout_s: Limit of all attempts and waits together, in seconds; for messages.
         guard: The step's breaker.
+        budget: The step's retry budget.
         interrupt: Cancels the call.
         kill_stuck: End the process where user code does not stop. Step workers only.
         owns_loop: An async step runs on a loop of ours: what it leaves running is cancelled.
@@ -68,6 +73,7 @@ class Work:
     context: Callable[[RunAttempt], StepContext]
     total_timeout_s: float | None = None
     guard: Guard | None = None
+    budget: Budget | None = None
     interrupt: Interrupt | None = None
     kill_stuck: bool = False
     owns_loop: bool = False
@@ -128,6 +134,8 @@ def _perform(command: Command, work: Work, permits: list[Any]) -> Answer:
         with _told(work, permits):
             command.permit.finish(command.error)
         return None
+    if isinstance(command, (AskBudget, TellBudget)):
+        return _budget(command, work)
     assert isinstance(command, Wait)
     if work.interrupt is not None:
         work.interrupt.wait(command.seconds)
@@ -208,6 +216,10 @@ async def _perform_async(command: Command, work: Work, permits: list[Any]) -> An
         with _told(work, permits):
             await command.permit.finish_async(command.error)
         return None
+    if isinstance(command, (AskBudget, TellBudget)):
+        if isinstance(work.budget, LocalBudget):
+            return _budget(command, work)
+        return await asyncio.to_thread(_budget, command, work)  # it may ask the cluster
     assert isinstance(command, Wait)
     await wait_async(command.seconds if work.waits else 0, work.interrupt)
     return None
@@ -255,6 +267,18 @@ def _passing(answer: Answer, work: Work) -> Answer:
     if isinstance(answer, Failed) and work.passes_through and not isinstance(answer.error, Exception):
         raise answer.error
     return answer
+
+
+def _budget(command: AskBudget | TellBudget, work: Work) -> Answer:
+    assert work.budget is not None
+    try:
+        if isinstance(command, TellBudget):
+            work.budget.success()
+            return None
+        return Granted(work.budget.retry(throttled(command.error)))
+    except Exception as error:
+        log.warning("retry budget %r could not be asked", work.budget.name, exc_info=True)
+        return Failed(error)
 
 
 @contextlib.contextmanager

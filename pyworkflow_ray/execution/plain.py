@@ -22,6 +22,7 @@ from typing import Any
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.attempts import Ended, FailedAttempt, Guard, Plan, RunAttempt, attempts
 from pyworkflow_ray.execution.breakers import CircuitGuard, declared, kept_apart
+from pyworkflow_ray.execution.budgets import budget_of
 from pyworkflow_ray.execution.context import StepContext, instant, no_sleep, plain_scope, running_step
 from pyworkflow_ray.execution.definitions import StepDefinition
 from pyworkflow_ray.execution.hooks import hooked
@@ -90,6 +91,7 @@ class _PlainCall:
             deadline=_end_of(self.outer),
             on_failed=self.failed if hooked("retry") else None,
             guarded=guard is not None,
+            budget=step.policy.retry_budget,
             where=f"run {self.outer.run_id}" if self.outer is not None and self.outer.run_id else "",
         )
 
@@ -101,6 +103,7 @@ class _PlainCall:
             context=self.context,
             total_timeout_s=self.step.policy.total_timeout_s,
             guard=guard,
+            budget=budget_of(self.step.name, self.step.policy.retry_budget),
             sleep=self.sleep,
             waits=not _no_waits.get(),
             passes_through=True,

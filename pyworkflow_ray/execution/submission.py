@@ -13,6 +13,7 @@ from typing import Any
 from pyworkflow_ray.engine.calls import Codec
 from pyworkflow_ray.engine.events import CodeEnvironment, Payload, RunCreated
 from pyworkflow_ray.execution.breakers import declared_settings
+from pyworkflow_ray.execution.budgets import declared_budgets
 from pyworkflow_ray.execution.code import describe_workflow
 from pyworkflow_ray.execution.definitions import WorkflowDefinition
 from pyworkflow_ray.execution.hooks import describe_hooks
@@ -62,6 +63,7 @@ def make_created(
         max_duration_s=definition.max_duration_s,
         max_recoveries=definition.max_recoveries,
         breakers=declared_settings(),
+        budgets=declared_budgets(),
         kinds=registered_kinds(),
         hooks=describe_hooks(),
         trace_id=trace_id(uid),

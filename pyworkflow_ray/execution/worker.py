@@ -24,6 +24,7 @@ from pyworkflow_ray.engine.calls import Codec, Outcome, StepCall
 from pyworkflow_ray.engine.events import AttemptFailed, ErrorInfo, StepStarted
 from pyworkflow_ray.errors import StepFailedError
 from pyworkflow_ray.execution.attempts import Ended, FailedAttempt, Guard, Plan, RunAttempt, attempts, message_of
+from pyworkflow_ray.execution.budgets import Budget, budget_of
 from pyworkflow_ray.execution.context import StepContext, instant, scope_of
 from pyworkflow_ray.execution.definitions import StepDefinition
 from pyworkflow_ray.execution.hooks import RetryEvent, adopt_hooks, hooked, tell
@@ -171,9 +172,17 @@ class Execution:
         self.scope = scope_of(call)
         self.key = self.scope.key
         self.records: list[AttemptFailed] = []
+        self.budget: Budget | None = None
+        self._unusable: Exception | None = None
+        try:
+            self.budget = budget_of(call.step, call.policy.retry_budget, call.budget_settings)
+        except Exception as error:  # raised where the call is begun
+            self._unusable = error
 
     def function(self) -> Callable[[], Any]:
         """The user's function with its arguments."""
+        if self._unusable is not None:
+            raise self._unusable
         args = [self.codec.decode(payload) for payload in self.call.args]
         kwargs = {name: self.codec.decode(payload) for name, payload in self.call.kwargs.items()}
         fn = self.step.fn
@@ -190,6 +199,7 @@ class Execution:
             no_retry_on=self.step.no_retry_on,
             delay_of=self.step.delay_of,
             guarded=breaker is not None,
+            budget=None if self.budget is None else self.budget.name,
             first_attempt=call.first_attempt,
             retries_used=call.retries_used,
             previous=call.previous,
@@ -212,6 +222,7 @@ class Execution:
             context=self.context,
             total_timeout_s=self.call.policy.total_timeout_s,
             guard=breaker,
+            budget=self.budget,
             interrupt=interrupt,
         )
 

@@ -33,5 +33,6 @@ class RetryPolicy(BaseModel):
     # one by one, the last repeats; in place of retry_delay_s and its backoff
     delays_s: tuple[float, ...] | None = _left_out(None)
     delay_by_code: bool = _left_out(False)  # a callable of the step's definition decides each delay
+    retry_budget: str | None = _left_out(None)  # its name; its settings travel with the run
     on_exhausted: Literal["raise", "pause"] = _left_out("raise")
     total_timeout_s: float | None = _left_out(None)  # all attempts and waits together, from the first attempt's begin

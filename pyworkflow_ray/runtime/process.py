@@ -13,6 +13,7 @@ import threading
 from typing import Any
 
 from pyworkflow_ray.engine.calls import StepCall
+from pyworkflow_ray.runtime import budget_actor  # noqa: F401  brings the cluster's retry budgets into this process
 from pyworkflow_ray.runtime.breaker_actor import guard_for
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.storage.codec import StorageCodec

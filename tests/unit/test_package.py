@@ -10,7 +10,6 @@ import pytest
 import pyworkflow_ray as pw
 
 LATER = [
-    "RetryBudget",
     "health",
     "on_breaker_open",
     "on_run_failed",
