@@ -162,8 +162,8 @@ class MapOptions:
         for name, refused in (("on_exhausted", "pause"), ("on_open", "wait")):
             if definition.given.get(name) == refused:
                 raise ConfigurationError(
-                    f"{where}: {name}={refused!r} is not available for the items of a map: they would keep their "
-                    f"worker. Map {definition.name}.options({name}='raise'), and rerun_failed() later"
+                    f"{where}: {name}={refused!r} is not available for the items of a map, which end one by one. "
+                    f"Map {definition.name}.options({name}='raise'), and rerun_failed() later"
                 )
         definition.signature.bind(None)
         total = len(items) if isinstance(items, Sized) else None

@@ -106,7 +106,7 @@ class Step(Generic[P, R]):
         another, each with the step's own retries, timeout and breaker, and with an idempotency key of its own. After a
         crash finished chunks are not executed again; a chunk whose worker is lost is executed again in parts, under
         `max_recoveries`. Items are drawn lazily, also from an endless iterable, and drawn anew on replay: they must
-        come out the same. Waits between an item's attempts keep its worker. Elsewhere the items are plain calls.
+        come out the same. A long wait between an item's attempts keeps no worker. Elsewhere the items are plain calls.
 
         Args:
             items: One positional argument of the step each.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pyworkflow_ray.engine.events import AttemptFailed, CodeRef, ErrorInfo, ItemFailure, Kind, Payload
+from pyworkflow_ray.engine.events import AttemptFailed, CodeRef, ErrorInfo, ItemFailure, ItemWaiting, Kind, Payload
 from pyworkflow_ray.resilience.policy import RetryPolicy
 
 
@@ -51,6 +51,7 @@ class ChunkResult:
     errors: list[ErrorInfo]
     retried: dict[str, int]
     items: str | None
+    waiting: list[ItemWaiting] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -132,6 +132,7 @@ def completed(chunk: tuple[str, int, int], outcome: Outcome, last: bool, now: fl
         single=result.single,
         failures=result.failures,
         errors=result.errors,
+        waiting=result.waiting,
         retried=result.retried,
         items=result.items,
         last=last,

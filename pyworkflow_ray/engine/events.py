@@ -375,6 +375,35 @@ class ItemFailure(BaseModel):
     why: str = "exhausted"
 
 
+class PreviousAttempt(BaseModel):
+    """A failed attempt of an item, as its next attempt sees it. delay_s: the wait chosen after it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    attempt: int
+    kind: Kind
+    type: str
+    message: str
+    delay_s: float | None = None
+
+
+class ItemWaiting(BaseModel):
+    """An item whose next attempt is far off, so that its worker was given back.
+
+    attempt: number of its last one. retries_used: failed attempts that count. retry_at: UNIX time of the next.
+    began_at: UNIX time of its first. previous: its failures, the last 20 of them.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    attempt: int
+    retries_used: int
+    retry_at: float
+    began_at: float
+    previous: list[PreviousAttempt] = Field(default_factory=list)
+
+
 class MapScheduled(Event):
     """Command: `step.map`. Its items are not recorded, for replay draws them anew; its chunks follow from its fields.
 
@@ -404,6 +433,7 @@ class ChunkCompleted(Event):
     done: how many of them; fewer than `count` where the chunk ended early, for too many had failed.
     results: a list, a value an item and None for a failed one. single: each value is a payload of its own in it.
     failures, errors: the failed items, and each distinct error once.
+    waiting: items that have not ended, and wait for their next attempt without a worker.
     retried: attempts that were made again, by type of the error before them.
     items: digest of the items where their encoding is canonical: replay compares what is drawn with it.
     last: no item follows.
@@ -422,6 +452,7 @@ class ChunkCompleted(Event):
     single: bool = False
     failures: list[ItemFailure] = Field(default_factory=list)
     errors: list[ErrorInfo] = Field(default_factory=list)
+    waiting: list[ItemWaiting] = Field(default_factory=list)
     retried: dict[str, int] = Field(default_factory=dict)
     items: str | None = None
     last: bool = False

@@ -69,7 +69,12 @@ class StepState:
     verdict: AttemptFailed | None = None  # the last attempt, after which none follows: the step's failure is due
 
     def begin(self, at: float) -> None:
-        """An attempt began, or the wait for the first one: the total timeout counts from the earliest."""
+        """An attempt began, or the wait for the first one: the total timeout counts from the earliest.
+
+        A chunk has none: its items have, each its own.
+        """
+        if self.chunk is not None:
+            return
         self.began_at = at if self.began_at is None else min(self.began_at, at)
 
     def ends_at(self) -> float | None:
@@ -148,7 +153,7 @@ class History:
             case MapScheduled():
                 self.maps[event.position] = event
             case ChunkCompleted():
-                self.steps.pop(chunk_position(event.position, event.first, event.count), None)
+                self._chunk_completed(event)
                 self.lost_activations = 0
             case StepCompleted():
                 self._end_step(event.position, "completed", event.attempt)
@@ -187,6 +192,16 @@ class History:
         """Positions of the map's chunks that are known here, in order of their items."""
         found = [s.chunk for s in self.steps.values() if s.chunk is not None and s.chunk[0] == map_position]
         return [chunk_position(*chunk) for chunk in sorted(found)]
+
+    def _chunk_completed(self, event: ChunkCompleted) -> None:
+        """Items that wait for their next attempt are chunks of one from here on."""
+        ended = self.steps.pop(chunk_position(event.position, event.first, event.count), None)
+        for item in event.waiting:
+            step = self.step(chunk_position(event.position, item.index, 1))
+            step.waiting, step.retry_at, step.dispatch = True, item.retry_at, event.dispatch
+            step.attempt, step.retries_used, step.began_at = item.attempt, item.retries_used, item.began_at
+            step.recoveries = ended.recoveries if ended is not None and event.count == 1 else 0
+            step.previous = [PreviousFailure(p.attempt, p.kind, p.type, p.message, p.delay_s) for p in item.previous]
 
     def _divide(self, step: StepState, event: StepLost) -> None:
         """Parts of a lost chunk take its place: with its losses, and numbers of dispatches above its own."""

@@ -4,7 +4,8 @@ Pure. Made by `loop.map_items` in the body's own task; fed by `machine`; the dri
 
 * Items are drawn in the body's task and at recorded places only: `concurrency` chunks to begin with, one more chunk
   each time a whole chunk has ended. So replay draws the same items at the same places, and an endless iterable works.
-* A chunk may end in parts (after a worker was lost): it has ended when all of its items have.
+* A chunk may end in parts (after a worker was lost): it has ended when all of its parts have. Items that wait for a
+  far retry then are late: they keep no worker and hold no other chunk up.
 * Items are kept while their chunk is open, and those of failed items for ever: they can be tried again.
 * It stops early once more items have failed than `max_failures` or `max_ratio` allow: nothing more is drawn, what runs
   is cancelled, and what was done is reported.
@@ -73,7 +74,7 @@ class MapInProgress:
         self._request = request
         self._items: Iterator[Any] = iter(items)
         self._chunks: dict[int, _Chunk] = {}
-        self._redone: dict[int, _Chunk] = {}  # ended, and items of them are tried again
+        self._late: dict[int, Any] = {}  # items of ended chunks that are to be tried again
         self._outcome = MapOutcome()
         self._failed = 0
         self._done = 0
@@ -90,7 +91,7 @@ class MapInProgress:
         try:
             while True:
                 self._draw()
-                if not self._chunks and not self._redone:
+                if not self._is_open():
                     break
                 self._wakes = loop.create_future()
                 await self._wakes
@@ -106,7 +107,7 @@ class MapInProgress:
         return self._outcome
 
     def _is_open(self) -> bool:
-        return bool(self._chunks or self._redone)
+        return bool(self._chunks or self._late)
 
     def look_ahead(self) -> None:
         """Learn whether there is a first item at all: an empty map has a known length."""
@@ -149,16 +150,15 @@ class MapInProgress:
         for index, value in enumerate(outcome.results):
             if value is _PENDING:
                 outcome.not_done.append(index)
-                chunk = self._chunk(index, 1)
-                if chunk is not None:
-                    outcome.inputs[index] = chunk.items[index - chunk.first]
+                if self.holds(index, 1):
+                    outcome.inputs[index] = self.items(index, 1)[0]
                 outcome.results[index] = ItemNotDoneError(
                     f"item {index} was not executed to its end, for the map stopped early: {outcome.stopped}",
                     index=index,
                 )
         outcome.failed.sort(key=lambda pair: pair[0])
         self._chunks.clear()
-        self._redone.clear()
+        self._late.clear()
         self._peeked.clear()
 
     # From the machine and the driver -------------------------------------------------------------------------------
@@ -178,8 +178,9 @@ class MapInProgress:
         return runs
 
     def holds(self, first: int, count: int) -> bool:
-        """Whether these items are in an open chunk."""
-        return self._chunk(first, count) is not None
+        """Whether these items are open."""
+        late = all(index in self._late for index in range(first, first + count))
+        return late or self._chunk(first, count) is not None
 
     def is_last(self, first: int, count: int) -> bool:
         """Whether no item follows these."""
@@ -188,7 +189,8 @@ class MapInProgress:
     def items(self, first: int, count: int) -> list[Any]:
         """The items of an open chunk, or of a part of one."""
         chunk = self._chunk(first, count)
-        assert chunk is not None
+        if chunk is None:
+            return [self._late[index] for index in range(first, first + count)]
         return chunk.items[first - chunk.first : first - chunk.first + count]
 
     def failures_left(self) -> int | None:
@@ -203,20 +205,22 @@ class MapInProgress:
     def completed(self, event: ChunkCompleted) -> None:
         """A chunk, or a part of one, has ended: fill in what came of it and wake the body where the chunk is whole."""
         chunk = self._chunk(event.first, event.count)
-        assert chunk is not None
-        self._fill(event, chunk)
+        pending = self._fill(event, chunk.items[event.first - chunk.first :] if chunk else self._late_items(event))
         self._ended_early = self._ended_early or (event.done < event.count and not event.redo)
-        left = sum(result is _PENDING for result in self._outcome.results[chunk.first : chunk.first + len(chunk.items)])
-        over = left == 0
-        if chunk.first in self._chunks:
+        if chunk is not None:
             chunk.left -= event.count
+            # Items that are to be tried again do not keep the next chunk waiting. Those of a chunk that ended early
+            # stay with it: the map stops.
+            if event.done == event.count or event.redo:
+                self._late.update(pending)
             over = chunk.left == 0
-            if over and (left == 0 or event.redo):
+            if over and (event.done == event.count or event.redo):
                 del self._chunks[chunk.first]
-                if left:  # they do not keep the next chunk waiting: it was drawn when this one had ended
-                    self._redone[chunk.first] = chunk
-        elif over:
-            del self._redone[chunk.first]
+        else:
+            for index in range(event.first, event.first + event.count):
+                if index not in pending:
+                    del self._late[index]
+            over = not self._late
         if over or self._too_many() is not None:
             self._wake()
 
@@ -224,33 +228,44 @@ class MapInProgress:
         if self._wakes is not None and not self._wakes.done():
             self._wakes.set_result(None)
 
-    def _fill(self, event: ChunkCompleted, chunk: _Chunk) -> None:
+    def _fill(self, event: ChunkCompleted, items: list[Any]) -> dict[int, Any]:
+        """Put the values in their places; gives the items that have not ended. `items` are those from `first` on."""
         outcome, codec = self._outcome, self._loop.codec
         failed = {failure.index: failure.error for failure in event.failures}
+        again = {item.index for item in event.waiting} | (failed.keys() if event.redo else set())
         values = _values(codec, event)
+        pending: dict[int, Any] = {event.first + n: items[n] for n in range(event.done, event.count)}
         for offset in range(event.done):
             index = event.first + offset
+            if index in again:
+                pending[index] = items[offset]
+                continue
             number = failed.get(index)
-            if number is not None and event.redo:
-                continue  # as if it had never ended
             value = codec.decode_error(event.errors[number]) if number is not None else values[offset]
             if number is not None or isinstance(value, _Broken):
                 failure: Any = value.error if isinstance(value, _Broken) else value
                 outcome.results[index] = failure
                 outcome.failed.append((index, failure))
-                outcome.inputs[index] = chunk.items[index - chunk.first]
+                outcome.inputs[index] = items[offset]
                 self._failed += 1
             else:
                 outcome.results[index] = value
-        self._done += event.done - (len(failed) if event.redo else 0)
+        self._done += event.done - len(again)
         for name, count in event.retried.items():
             outcome.retried[name] = outcome.retried.get(name, 0) + count
+        return pending
+
+    def _late_items(self, event: ChunkCompleted) -> list[Any]:
+        return [self._late[index] for index in range(event.first, event.first + event.count)]
 
     def _chunk(self, first: int, count: int) -> _Chunk | None:
+        """The open chunk that these items are in, None where they are late ones."""
+        if first in self._late:
+            return None
         whole = self._chunks.get(first)
         if whole is not None and count <= len(whole.items):
             return whole
-        for chunk in (*self._chunks.values(), *self._redone.values()):
+        for chunk in self._chunks.values():
             if chunk.first <= first and first + count <= chunk.first + len(chunk.items):
                 return chunk
         return None

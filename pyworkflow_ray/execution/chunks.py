@@ -3,8 +3,8 @@
 Called by `worker` for a call that carries a chunk; calls `attempts` through `perform`, as a single step does. Rules:
 
 * each item has its own attempts, timeout, breaker, `current_step()`, and an idempotency key that includes its index;
-* an item that waits for its next attempt is put aside and the others go on; the chunk ends when all items have. No wait
-  is handed back: the worker is kept until the last item is done;
+* an item that waits for its next attempt is put aside and the others go on; the chunk ends when all items have, or when
+  those that are left wait longer than `wait_max_s`: they are handed back, and dispatched again when they are due;
 * what goes wrong with one item (its value can't be stored, its argument does not fit) is that item's failure alone;
 * once more items have failed than the map allows, the chunk ends early: items that wait end with their last error, and
   those that were not begun are not done.
@@ -24,7 +24,7 @@ from typing import Any
 
 from pyworkflow_ray.engine.calls import ChunkResult, Codec, Outcome, PreviousFailure, StepCall
 from pyworkflow_ray.engine.chunks import parse_position
-from pyworkflow_ray.engine.events import ErrorInfo, ItemFailure, Payload
+from pyworkflow_ray.engine.events import ErrorInfo, ItemFailure, ItemWaiting, Payload, PreviousAttempt
 from pyworkflow_ray.execution.attempts import Ended, FailedAttempt, Guard, Plan, attempts, message_of
 from pyworkflow_ray.execution.context import KeyScope
 from pyworkflow_ray.execution.definitions import StepDefinition
@@ -33,6 +33,7 @@ from pyworkflow_ray.execution.perform import Work, drive, drive_async, wait_asyn
 from pyworkflow_ray.execution.worker import RNG, Execution
 from pyworkflow_ray.execution.worker_loop import WorkerLoop, worker_loop
 
+MAX_PREVIOUS = 20  # failures of an item that are kept while it waits without a worker
 WHOLE_TRACEBACKS = 20  # of distinct errors of a chunk; of further ones only type, message and the exception are kept
 
 
@@ -47,13 +48,14 @@ def execute_chunk(
     node: str = "",
     clock: Callable[[], float] = time.time,
     rng: random.Random = RNG,
+    wait_max_s: float | None = None,
     kill_stuck: bool = True,
     loop: WorkerLoop | None = None,
 ) -> Outcome:
     """All items of the chunk, blocking the calling thread. The arguments are those of `worker.execute_call`."""
     chunk = _Chunk(call, step, codec, worker, node, clock, rng, time.sleep, breaker, interrupt)
     chunk.kill_stuck = kill_stuck and call.executor == "task"
-    chunk.owns_loop = True
+    chunk.owns_loop, chunk.wait_max_s = True, wait_max_s
     broken = chunk.open()
     if broken is not None:
         return broken
@@ -75,6 +77,7 @@ async def execute_chunk_async(
     *,
     interrupt: Interrupt | None = None,
     breaker: Guard | None = None,
+    wait_max_s: float | None = None,
     worker: str = "",
     node: str = "",
     clock: Callable[[], float] = time.time,
@@ -85,7 +88,7 @@ async def execute_chunk_async(
 ) -> Outcome:
     """As `execute_chunk`, on the running event loop. The arguments are those of `worker.execute_call_async`."""
     chunk = _Chunk(call, step, codec, worker, node, clock, rng, sleep, breaker, interrupt)
-    chunk.owns_loop, chunk.settle = owns_loop, settle
+    chunk.owns_loop, chunk.settle, chunk.wait_max_s = owns_loop, settle, wait_max_s
     broken = chunk.open()
     if broken is not None:
         return broken
@@ -114,6 +117,9 @@ class _Item(Execution):
         self.key = self.scope.key
         self.failures: list[PreviousFailure] = []
         self.last_error: BaseException | None = None
+        # the total timeout of an item counts from its own first attempt
+        self.began_at = chunk.clock() if call.began_at is None else call.began_at
+        self.call = dataclasses.replace(call, began_at=self.began_at)
 
     def started(self, attempt: int, at: float) -> None:
         """Not told: a chunk is one event."""
@@ -136,6 +142,23 @@ class _Item(Execution):
             retries_used=self.chunk.call.retries_used + len(self.failures),
             previous=[*self.chunk.call.previous, *self.failures],
             not_before=ended.retry_at,
+            began_at=self.began_at,
+        )
+
+    def handed_back(self) -> ItemWaiting:
+        """It waits without this worker."""
+        call = self.call
+        assert call.not_before is not None
+        return ItemWaiting(
+            index=self.index,
+            attempt=call.first_attempt - 1,
+            retries_used=call.retries_used,
+            retry_at=call.not_before,
+            began_at=self.began_at,
+            previous=[
+                PreviousAttempt(attempt=p.attempt, kind=p.kind, type=p.type, message=p.message, delay_s=p.delay)  # type: ignore[arg-type]
+                for p in call.previous[-MAX_PREVIOUS:]
+            ],
         )
 
 
@@ -149,6 +172,7 @@ class _Chunk:
     kill_stuck = False
     owns_loop = False
     settle: Callable[[], Awaitable[None]] | None = None
+    wait_max_s: float | None = None
 
     def __init__(
         self,
@@ -193,6 +217,7 @@ class _Chunk:
         """Decode the items; an outcome where that fails for the chunk as a whole."""
         given = self.given
         try:
+            self._execution.function()  # raises what keeps the call from being begun
             if given.packed:
                 first = given.items[0]
                 assert isinstance(first, Payload)
@@ -217,7 +242,7 @@ class _Chunk:
                 if wait <= 0:
                     return heapq.heappop(self._waiting)[2]
                 if self._begun == self.given.count:
-                    return wait
+                    return wait if self.wait_max_s is None or wait <= self.wait_max_s else None
             elif self._begun == self.given.count:
                 return None
             item = self._begin()
@@ -288,9 +313,13 @@ class _Chunk:
         execution = self._execution
         if self._cancelled:
             return execution.new_outcome("cancelled", self.call.first_attempt)
-        for _, index, item in self._waiting:
-            assert item.last_error is not None
-            self._fail(index, item.error_info(item.last_error), item.call.first_attempt - 1, "stopped")
+        waiting: list[ItemWaiting] = []
+        for _, index, item in sorted(self._waiting, key=lambda turn: turn[1]):
+            if self._too_many():
+                assert item.last_error is not None
+                self._fail(index, item.error_info(item.last_error), item.call.first_attempt - 1, "stopped")
+            else:
+                waiting.append(item.handed_back())
         results, single = self._store()
         outcome = execution.new_outcome("completed", self.call.first_attempt)
         outcome.started_at, outcome.ended_at = self._started_at, self.clock()
@@ -304,6 +333,7 @@ class _Chunk:
             errors=self._errors,
             retried=self.retried,
             items=self.given.digest,
+            waiting=waiting,
         )
         return outcome
 

@@ -75,7 +75,15 @@ def execute_call(
         from pyworkflow_ray.execution.chunks import execute_chunk
 
         about = {"worker": worker, "node": node, "clock": clock, "rng": rng, "kill_stuck": kill_stuck, "loop": loop}
-        return execute_chunk(call, step, codec, interrupt=interrupt, breaker=breaker, **about)  # type: ignore[arg-type]
+        return execute_chunk(
+            call,
+            step,
+            codec,
+            interrupt=interrupt,
+            breaker=breaker,
+            wait_max_s=wait_max_s,
+            **about,  # type: ignore[arg-type]
+        )
     execution = Execution(call, step, codec, report, worker, node, clock, rng)
     try:
         function = execution.function()
@@ -129,6 +137,7 @@ async def execute_call_async(
             codec,
             interrupt=interrupt,
             breaker=breaker,
+            wait_max_s=wait_max_s,
             owns_loop=owns_loop,
             **about,  # type: ignore[arg-type]
         )

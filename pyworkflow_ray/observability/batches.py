@@ -48,7 +48,8 @@ class MapTrack(Track):
 
     def chunk(self, event: ev.ChunkCompleted) -> None:
         """A chunk, or a part of one, has ended."""
-        self.done += event.done
+        self.done += event.done - len(event.waiting)
+        self.next_at = min((item.retry_at for item in event.waiting), default=None)
         self.chunks += 1
         self.last_at = event.at
         for failure in event.failures:

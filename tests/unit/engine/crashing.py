@@ -36,6 +36,7 @@ class World:
         cancel_when: The run is cancelled once its history is so.
         never: Names of steps whose execution never ends.
         lose: Whether the worker of a call dies before it says a word.
+        wait_max_s: A longer wait for the next attempt gives the worker back.
         seed: The order in which calls end, and with `crash` the events after which the owner dies, by chance.
     """
 
@@ -44,6 +45,7 @@ class World:
     cancel_when: Callable[[list[Event]], bool] = lambda events: False
     never: frozenset[str] = frozenset()
     lose: Callable[[StepCall], bool] = lambda call: False
+    wait_max_s: float = 0.0
     seed: int | None = None
     crash: float = 0.0
     created: dict[str, Any] = field(default_factory=dict)
@@ -180,7 +182,7 @@ class CrashingRun:
             self.codec,
             report=lambda event: self.driver.record(event, self.now),
             interrupt=Waits(self),
-            wait_max_s=0.0,
+            wait_max_s=self.world.wait_max_s,
             clock=lambda: self.now,
             kill_stuck=False,
         )

@@ -11,6 +11,7 @@ import pytest
 
 import pyworkflow_ray as pw
 from pyworkflow_ray.engine.chunks import chunk_position, divide, parse_position, uncovered
+from pyworkflow_ray.engine.commands import Limits
 from pyworkflow_ray.engine.events import ChunkCompleted, Event
 from tests.unit.engine.crashing import CrashingRun, World, crash_everywhere
 
@@ -56,7 +57,7 @@ def _ledger() -> None:
 
 
 def world(**given: Any) -> World:
-    return World(STEPS, **given)
+    return World(STEPS, **{"wait_max_s": 60.0, **given})
 
 
 def shown(batch: Any) -> list[Any]:
@@ -120,10 +121,69 @@ def test_random_orders_losses_and_crashes_change_no_result(seed: int) -> None:
             lost.add((place[0], place[1] // 5))
         return new
 
-    run = CrashingRun(flow, world(seed=seed, crash=0.1, lose=lose)).run()
+    run = CrashingRun(flow, world(seed=seed, crash=0.1, lose=lose, wait_max_s=60.0 * (seed % 2))).run()
     assert run.ending() == calm.ending()
     covered = Counter((c.position, n) for c in chunks_of(run) for n in range(c.first, c.first + c.count))
+    covered.subtract((c.position, item.index) for c in chunks_of(run) for item in c.waiting)
     assert set(covered.values()) == {1}, "an item is recorded twice"
+
+
+def test_items_that_wait_long_for_a_retry_keep_no_worker_and_hold_no_other_chunk_up() -> None:
+    calm, crashed = crash_everywhere(thirty, lambda: world(wait_max_s=0.0))
+    kept = CrashingRun(thirty, world()).run()
+    assert calm.ending() == kept.ending()
+    assert "run_parked" in calm.types()
+    whole = [c for c in chunks_of(calm) if c.count > 1]
+    late = [c for c in chunks_of(calm) if c.count == 1]
+    assert max(c.seq for c in whole) < min(c.seq for c in late)
+    assert [item.attempt for c in whole for item in c.waiting] == [1] * 5
+    assert len(late) == 5 * 2
+    assert late[-1].ended_at - whole[-1].ended_at < 7  # two waits of 3 s, all items' at once
+    assert len(crashed) > 30
+    assert all(len(keys) == 1 for keys in KEYS.values())
+
+
+def test_an_item_that_waits_long_sees_its_earlier_failures_and_its_fences_grow() -> None:
+    seen: list[Any] = []
+
+    @pw.step(max_retries=3, retry_delay=60)
+    def once_more(n: int) -> int:
+        step = pw.current_step()
+        seen.append((n, step.attempt, [p.message for p in step.previous], step.fence))
+        if n == 1 and step.attempt < 4:
+            raise ConnectionError(f"failure {step.attempt}")
+        return n
+
+    async def flow() -> list[int]:
+        return (await once_more.map(range(3), chunk_size=3)).succeeded
+
+    run = CrashingRun(flow, World((once_more,), limits=Limits(park_after_s=1e9))).run()
+    assert run.ending() == ("completed", "[0, 1, 2]")
+    ones = [entry for entry in seen if entry[0] == 1]
+    assert [(attempt, previous) for _, attempt, previous, _ in ones] == [
+        (1, []),
+        (2, ["failure 1"]),
+        (3, ["failure 1", "failure 2"]),
+        (4, ["failure 1", "failure 2", "failure 3"]),
+    ]
+    fences = [fence for *_, fence in ones]
+    assert fences == sorted(set(fences))
+
+
+def test_the_total_timeout_of_an_item_counts_from_its_own_first_attempt_over_all_waits() -> None:
+    @pw.step(max_retries=None, retry_delay=60, total_timeout=150)
+    def never(n: int) -> int:
+        EXECUTED[n] += 1
+        raise ConnectionError(f"no {n}")
+
+    async def flow() -> dict[str, int]:
+        return (await never.map(range(6), chunk_size=2, concurrency=1)).by_type
+
+    for wait_max_s in (0.0, 1e9):
+        EXECUTED.clear()
+        run = CrashingRun(flow, World((never,), wait_max_s=wait_max_s)).run()
+        assert run.ending() == ("completed", repr({"ConnectionError": 6}))
+        assert set(EXECUTED.values()) == {3}  # at 0, 60 and 120 s
 
 
 def test_a_lost_worker_loses_only_its_unfinished_chunk() -> None:

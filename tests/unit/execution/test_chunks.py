@@ -43,7 +43,15 @@ class Clock(Interrupt):
         return False
 
 
-def chunk(step: Any, items: list[Any], *, first: int = 0, stop_after: int | None = None, **fields: Any) -> Outcome:
+def chunk(
+    step: Any,
+    items: list[Any],
+    *,
+    first: int = 0,
+    stop_after: int | None = None,
+    wait_max_s: float = 60.0,
+    **fields: Any,
+) -> Outcome:
     clock = Clock()
     given = pack_items(CODEC, items, first, stop_after)
     call = call_of(step, position=f"3[{first}:{first + len(items)}]", chunk=given, **fields)
@@ -54,6 +62,7 @@ def chunk(step: Any, items: list[Any], *, first: int = 0, stop_after: int | None
         report=SEEN.append,
         interrupt=clock,
         clock=clock,
+        wait_max_s=wait_max_s,
         kill_stuck=False,
         rng=random.Random(0),
         worker="worker-1",
@@ -88,6 +97,19 @@ def test_an_item_that_waits_for_its_retry_is_put_aside_and_the_others_go_on() ->
     assert SEEN == [(1, 1), (-1, 1), (2, 1), (3, 1), ("waited", 5.0), (-1, 2)]
     assert values(outcome) == [1, -1, 2, 3]
     assert result(outcome).retried == {"ConnectionError": 1}
+
+
+def test_items_that_would_wait_long_are_handed_back_once_all_others_have_ended() -> None:
+    outcome = chunk(flaky, [-1, 1, -2, 2], first=10, wait_max_s=1.0)
+    found = result(outcome)
+    assert [seen for seen in SEEN if isinstance(seen[0], int)] == [(-1, 1), (1, 1), (-2, 1), (2, 1)]
+    assert values(outcome) == [None, 1, None, 2]
+    assert [(item.index, item.attempt, item.retries_used, item.retry_at) for item in found.waiting] == [
+        (10, 1, 1, 1005.0),
+        (12, 1, 1, 1005.0),
+    ]
+    assert [previous.message for previous in found.waiting[0].previous] == ["no -1"]
+    assert found.failures == []
 
 
 def test_an_item_that_uses_up_its_attempts_fails_and_the_others_do_not() -> None:
