@@ -86,13 +86,13 @@ def test_a_run_survives_the_sigkill_of_its_actor(number: int, tmp_path: Path) ->
 @pytest.mark.usefixtures("pool")
 def test_a_run_survives_the_sigkill_of_its_actor_at_each_event(tmp_path: Path) -> None:
     took = []
-    for repeat in range(9):
+    for repeat in range(10):
         folder = tmp_path / str(repeat)
         folder.mkdir()
         took += [kill_owner_at(number, folder) for number in range(1, EVENTS_OF_TEN)]
     took.sort()
     print(f"{len(took)} kills; next event after p50 {took[len(took) // 2]:.3f} s, p99 {took[-len(took) // 100]:.3f} s")
-    assert len(took) >= 190
+    assert len(took) >= 200
 
 
 @pytest.mark.usefixtures("pool")
