@@ -80,9 +80,11 @@ class RunHandle(Generic[R]):
     def explain(self) -> RunView:
         """What happened, why, and what happens next: the model that the command line and notebooks show."""
         from pyworkflow_ray.observability.view import explain
+        from pyworkflow_ray.storage.lease import is_held
 
         history = self._history()
-        return explain(history.events, time.time(), torn=history.torn and not history.finished)
+        held = is_held(self._storage, history.lease)
+        return explain(history.events, time.time(), owner_alive=held, torn=history.torn and not history.finished)
 
     @property
     def trace_id(self) -> str:

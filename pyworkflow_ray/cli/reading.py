@@ -6,8 +6,6 @@ never hiding the others), a torn tail of an unfinished journal (the prefix is sh
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -67,10 +65,12 @@ class Reader:
                 yield named(run_id, error)
 
     def _alive(self, lease: str) -> bool | None:
+        from pyworkflow_ray.storage.lease import is_held
+
         if not lease or self.storage is None:
             return None
         if lease not in self.alive:
-            self.alive[lease] = lease_alive(self.storage, lease)
+            self.alive[lease] = is_held(self.storage, lease)
         return self.alive[lease]
 
 
@@ -78,32 +78,6 @@ def named(run_id: str, error: Exception) -> PyWorkflowError:
     """The error with its run in the message."""
     text = str(error)
     return StorageError(text if run_id in text else f"run {run_id}: {text}", path=getattr(error, "path", ""))
-
-
-def lease_alive(storage: Storage, lease: str) -> bool | None:
-    """Whether a living process holds the lease; None where that can't be told. Marks nothing.
-
-    Only where the kernel's list shows no holder (it hides those of other containers) is the lock tried, and let go at
-    once: taken for that instant it can do no more than make a `recover` at the same moment look again later.
-    """
-    path = Path(storage.root) / "leases" / f"{lease}.lease"
-    if path.with_suffix(".dead").exists():
-        return False
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        if f":{os.fstat(fd).st_ino} " in Path("/proc/locks").read_text():
-            return True
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
 
 
 def open_reader(given: Path | None, zone: dt.tzinfo) -> Reader:

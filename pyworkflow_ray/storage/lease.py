@@ -161,6 +161,33 @@ class LeaseStates:
     damaged: dict[str, str] = field(default_factory=dict)
 
 
+def is_held(storage: Storage, lease_id: str) -> bool | None:
+    """Whether a living process holds the lease; None where that can't be told. Marks nothing.
+
+    Only where the kernel's list shows no holder (it hides those of other containers) is the lock tried, and let go at
+    once: taken for that instant it can do no more than make a `recover` at the same moment look again later.
+    """
+    if not lease_id:
+        return None
+    if storage.disk.exists(_path(storage, lease_id, "dead")):
+        return False
+    try:
+        fd = os.open(_path(storage, lease_id, "lease"), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        if f":{os.fstat(fd).st_ino} " in storage.disk.read("/proc/locks").decode():
+            return True
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
 def lease_states(storage: Storage, *, declare: bool) -> LeaseStates:
     """How the leases of the storage stand.
 

@@ -10,6 +10,7 @@ import pytest
 
 from pyworkflow_ray import handle as handle_module
 from pyworkflow_ray.handle import RunHandle
+from pyworkflow_ray.storage.lease import Lease
 from pyworkflow_ray.storage.storage import Storage
 from tests.journals import created, ended
 
@@ -81,3 +82,15 @@ def test_awaiting_an_end_while_the_handle_registers_misses_nothing(run, monkeypa
         return await asyncio.wait_for(handle._value_async(), 5)
 
     assert asyncio.run(bounded()) == 1
+
+
+def test_explain_knows_whether_anybody_holds_the_run(tmp_path: Path):
+    storage = Storage.open(tmp_path)
+    lease = Lease.join(storage)
+    storage.create_run(created("order-42", storage.storage_id), lease=lease.id)
+    handle = RunHandle("order-42", storage)
+    held = handle.explain()
+    lease.close()
+    left = handle.explain()
+    assert "recover" not in held.next
+    assert "recover" in left.next
