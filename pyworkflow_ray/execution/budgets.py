@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.resilience.budget import BudgetSettings
-from pyworkflow_ray.resilience.taxonomy import http_status, server_retry_after
+from pyworkflow_ray.resilience.taxonomy import is_throttled
 
 
 class Budget(Protocol):
@@ -119,5 +119,5 @@ def budget_of(step: str, name: str | None, settings: Mapping[str, Any] | None = 
 
 
 def throttled(error: BaseException) -> bool:
-    """Whether the server asked for fewer calls: status 429, or a Retry-After of its own."""
-    return http_status(error) == 429 or server_retry_after(error, 0.0) is not None
+    """Whether the service asked for fewer calls: a retry is then cheaper, for it waits longer anyway."""
+    return is_throttled(error)

@@ -1,13 +1,13 @@
 """Which kind of failure an exception is: decides whether it is retried, counted by a breaker, and how it is logged.
 
-Called by the attempt loop, by breakers and by users (`pw.classify`); calls nothing. Rules:
+Called by the attempt loop, by breakers and by users (`pw.classify`); calls `adapters`. Rules:
 
 * the table is data; a class is judged by its nearest entries: an entry for a base is shadowed by one for a subclass;
 * of the entries that are left, permanent wins, then cascade, timeout, transient; no entry at all is transient;
 * a type that a user registered wins over what is said of its bases, and over the HTTP status. Registrations are kept
   by the class's name, so that they hold for the same class made again (a notebook's cell, a pickle by value) and travel
   to other processes with each run and step call, which win over what the process itself has registered;
-* an error of an HTTP client is judged by its response's status (read by duck typing: no client library is imported);
+* an error of a client library is judged by what the service answered (`adapters`: no library is imported);
 * an exception group is permanent if any member is; a chain of exceptions is judged by its outermost one;
 * what is no `Exception` (cancellation, KeyboardInterrupt, SystemExit) is permanent here: never retried; nor counted,
   which is the breaker's own rule.
@@ -15,12 +15,9 @@ Called by the attempt loop, by breakers and by users (`pw.classify`); calls noth
 
 from __future__ import annotations
 
-import datetime as dt
-import re
 from collections.abc import Iterator, Mapping
-from email.utils import parsedate_to_datetime
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from pyworkflow_ray.errors import (
     CircuitOpenError,
@@ -30,11 +27,32 @@ from pyworkflow_ray.errors import (
     RetryBudgetExhausted,
     StepLostError,
 )
+from pyworkflow_ray.resilience import adapters
+from pyworkflow_ray.resilience.adapters import Kind, http_status, is_throttled, kind_of_status, server_retry_after
 
-Kind = Literal["transient", "permanent", "cascade", "timeout"]
+__all__ = [
+    "KINDS",
+    "LOG_LEVELS",
+    "RETRIED",
+    "TAXONOMY",
+    "Kind",
+    "Registered",
+    "adopt_kinds",
+    "classify",
+    "http_status",
+    "is_throttled",
+    "kind_of_status",
+    "log_level",
+    "members",
+    "register_kind",
+    "registered_kinds",
+    "server_retry_after",
+    "with_kind",
+]
+
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# API.md's table, row by row. Types that only an installed library has are given by name in FOREIGN.
+# API.md's table, row by row. Types that only an installed library has are given by name in `adapters`.
 TAXONOMY: Mapping[Kind, tuple[type[BaseException], ...]] = MappingProxyType(
     {
         "permanent": (
@@ -55,15 +73,6 @@ TAXONOMY: Mapping[Kind, tuple[type[BaseException], ...]] = MappingProxyType(
         "transient": (ConnectionError, OSError, RetryableError),
     }
 )
-# "module.Class" of HTTP clients whose bases say less than their names.
-FOREIGN: Mapping[str, Kind] = MappingProxyType(
-    {
-        "httpx.TimeoutException": "timeout",
-        "httpx.InvalidURL": "permanent",
-        "httpx.UnsupportedProtocol": "permanent",
-        "requests.exceptions.Timeout": "timeout",
-    }
-)
 # `logging`'s numbers: INFO, ERROR, CRITICAL, WARNING. A refusal itself is counted and not logged; a breaker that opens
 # and a run that fails of it are logged once, at the cascade's level.
 LOG_LEVELS: Mapping[Kind, int] = MappingProxyType({"transient": 20, "permanent": 40, "cascade": 50, "timeout": 30})
@@ -71,15 +80,12 @@ RETRIED: Mapping[Kind, bool] = MappingProxyType(
     {"transient": True, "permanent": False, "cascade": False, "timeout": True}
 )
 
-_TRANSIENT_STATUS = frozenset({408, 425, 429})
 _BY_CLASS: dict[type[BaseException], Kind] = {cls: kind for kind in TAXONOMY for cls in TAXONOMY[kind]}
 _STRENGTH: tuple[Kind, ...] = ("permanent", "cascade", "timeout", "transient")
 Registered = Mapping[type[BaseException], Kind] | Mapping[str, Kind]
 _own_kinds: dict[str, Kind] = {}  # registered by code of this process
 _adopted: dict[str, Kind] = {}  # of the run that this process works for
 _in_force: dict[str, Kind] = {}
-_DECIMAL = re.compile(r"\d{1,12}(?:\.\d{1,9})?")
-_MAX_RETRY_AFTER_S = 100 * 365 * 86400.0  # beyond a century an instant no longer fits a datetime
 
 
 def classify(exc: BaseException, registered: Registered | None = None) -> Kind:
@@ -103,6 +109,9 @@ def classify(exc: BaseException, registered: Registered | None = None) -> Kind:
     by_class = _entries(cls)
     if isinstance(exc, BaseExceptionGroup) and not by_class:
         return _kind_of_group(exc, registered)
+    answered = adapters.kind_of_answer(exc)
+    if answered is not None:
+        return answered
     # an entry that every I/O error has (OSError) says less than the answer of the server
     if not by_class or by_class == {"transient"}:
         by_status = kind_of_status(http_status(exc))
@@ -165,42 +174,6 @@ def log_level(kind: Kind) -> int:
     return LOG_LEVELS[kind]
 
 
-def kind_of_status(status: int | None) -> Kind | None:
-    """Kind of an HTTP status; None where the status is no failure, or there is none."""
-    if status is None or not 400 <= status <= 599:
-        return None
-    return "transient" if status >= 500 or status in _TRANSIENT_STATUS else "permanent"
-
-
-def http_status(exc: BaseException) -> int | None:
-    """Status of the HTTP response that `exc` is about, None where it is about none.
-
-    Read from `exc.response.status_code` or `.status` (httpx, requests, openai), else from the exception itself where
-    it has headers: `status` (aiohttp), `code` (urllib), `status_code`.
-    """
-    response = _read(exc, "response")
-    if response is not None:
-        return _status(response, ("status_code", "status"))
-    if _read(exc, "headers") is not None:
-        return _status(exc, ("status_code", "status", "code"))
-    return _status(exc, ("status_code",))
-
-
-def server_retry_after(exc: BaseException, now: float) -> float | None:
-    """Seconds the server asks to wait by its Retry-After header (seconds or HTTP date), None where it asks for none.
-
-    Args:
-        now: UNIX time; a date that is over gives 0. At most a century.
-
-    Source: RFC 9110, section 10.2.3.
-    """
-    for holder in (_read(exc, "response"), exc):
-        text = _header(_read(holder, "headers"))
-        if text is not None:
-            return _parse_retry_after(text.strip(), now)
-    return None
-
-
 # Inside -----------------------------------------------------------------------------------------------------------
 
 
@@ -226,12 +199,9 @@ def _registered_bases(cls: type[BaseException], registered: Registered) -> dict[
 
 def _entries(cls: type[BaseException]) -> set[Kind]:
     kinds = {_BY_CLASS[base] for base in _nearest(cls, _BY_CLASS)}
-    for base in cls.__mro__:
-        # httpx's classes give their public module's name, or that of the file they are in
-        module = base.__module__.partition("._")[0]
-        foreign = FOREIGN.get(f"{module}.{base.__name__}")
-        if foreign is not None:
-            return {foreign} | (kinds - {"transient"})
+    foreign = adapters.kind_of_class(cls)
+    if foreign is not None:
+        return {foreign} | (kinds - {"transient"})
     return kinds
 
 
@@ -261,44 +231,3 @@ def members(exc: BaseException) -> Iterator[BaseException]:
             waiting.extend(reversed(item.exceptions))
         else:
             yield item
-
-
-def _read(holder: Any, name: str) -> Any:
-    try:
-        return getattr(holder, name, None)
-    except Exception:  # a property of a foreign class may raise anything (httpx: RuntimeError)
-        return None
-
-
-def _status(holder: Any, names: tuple[str, ...]) -> int | None:
-    for name in names:
-        value = _read(holder, name)
-        if isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 599:
-            return int(value)
-    return None
-
-
-def _header(headers: Any) -> str | None:
-    get = _read(headers, "get")
-    if not callable(get):
-        return None
-    for name in ("Retry-After", "retry-after"):
-        try:
-            value = get(name)
-        except Exception:
-            return None
-        if isinstance(value, (str, int)) and not isinstance(value, bool):
-            return str(value)
-    return None
-
-
-def _parse_retry_after(text: str, now: float) -> float | None:
-    if _DECIMAL.fullmatch(text):
-        return min(float(text), _MAX_RETRY_AFTER_S)
-    try:
-        date = parsedate_to_datetime(text)
-        if date.tzinfo is None:  # "-0000": UTC, of an unknown local zone
-            date = date.replace(tzinfo=dt.UTC)
-        return min(max(0.0, date.timestamp() - now), _MAX_RETRY_AFTER_S)
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None

@@ -37,6 +37,12 @@ class _Bounded(io.BytesIO):
         return super().write(data)
 
 
+def _is_proxy(obj: Any) -> bool:
+    """Whether it is a read-only view of a mapping: aiohttp keeps an answer's headers in one."""
+    cls = type(obj)
+    return cls is types.MappingProxyType or (cls.__module__.startswith("multidict.") and cls.__name__.endswith("Proxy"))
+
+
 def _nothing() -> None:
     """What stands for a part that can't be pickled."""
     return None
@@ -63,6 +69,8 @@ def _pickler_class() -> Any:
                 return reduced
             if type(obj) in _LOCKS:
                 return (_LOCKS[type(obj)], ())
+            if _is_proxy(obj):
+                return (type(obj), (obj.copy(),))
             try:
                 reducer = self.dispatch_table.get(type(obj))
                 return reducer(obj) if reducer is not None else obj.__reduce_ex__(PROTOCOL)
