@@ -71,9 +71,9 @@ class StepState:
     def begin(self, at: float) -> None:
         """An attempt began, or the wait for the first one: the total timeout counts from the earliest.
 
-        A chunk has none: its items have, each its own.
+        A chunk of many has none: its items have, each its own.
         """
-        if self.chunk is not None:
+        if self.chunk is not None and self.chunk[2] > 1:
             return
         self.began_at = at if self.began_at is None else min(self.began_at, at)
 

@@ -427,8 +427,8 @@ class RunActor:
     def _timed_out(self, active: ActiveRun, host: Host, call: StepCall) -> Outcome | None:
         """The outcome of an attempt that was stuck beyond its timeout, so that its worker ended itself."""
         timeout = call.policy.timeout_s
-        if timeout is None:
-            return None
+        if timeout is None or (call.chunk is not None and call.chunk.count > 1):
+            return None  # which item of a chunk was stuck is not known: it is lost, and executed again in parts
         began = max(host.handed_wall, active.started_at(call.position) or 0.0)
         if time.time() - began < timeout:
             return None

@@ -83,3 +83,14 @@ async def undone(ledger: str, gate: str) -> None:
     run.on_failure(undo, ledger, "second", gate)
     run.on_failure(undo, ledger, "third")
     await refuse()
+
+
+@pw.step(num_cpus=0.1, timeout=0.3, max_recoveries=1)
+def stuck_at_one(n: int) -> int:
+    return sum(iter(int, 1)) if n == 1 else n
+
+
+@pw.workflow
+async def stuck() -> list[str]:
+    batch = await stuck_at_one.map(range(3), chunk_size=3)
+    return [type(r).__name__ for r in batch.results]

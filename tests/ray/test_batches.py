@@ -81,6 +81,11 @@ def test_a_killed_run_actor_repeats_no_finished_chunk(tmp_path: Path) -> None:
     check(handle, ledger)
 
 
+@pytest.mark.slow  # two workers end themselves, each 2 s after the timeout
+def test_an_item_stuck_in_c_beyond_its_timeout_ends_alone() -> None:
+    assert pw.run(batch_flows.stuck) == ["int", "StepTimeoutError", "int"]
+
+
 def test_resume_executes_the_failed_items_alone(tmp_path: Path) -> None:
     ledger, flag = tmp_path / "ledger", tmp_path / "flag"
     handle = pw.start(batch_flows.flagged, str(ledger), str(flag))

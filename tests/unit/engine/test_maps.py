@@ -12,7 +12,9 @@ import pytest
 import pyworkflow_ray as pw
 from pyworkflow_ray.engine.chunks import chunk_position, divide, parse_position, uncovered
 from pyworkflow_ray.engine.commands import Limits
-from pyworkflow_ray.engine.events import ChunkCompleted, Event
+from pyworkflow_ray.engine.events import ChunkCompleted, Event, StepHandedBack
+from pyworkflow_ray.engine.history import History
+from pyworkflow_ray.testing.simulator import START_AT
 from tests.unit.engine.crashing import CrashingRun, World, crash_everywhere
 
 EXECUTED: Counter[int] = Counter()
@@ -157,7 +159,16 @@ def test_an_item_that_waits_long_sees_its_earlier_failures_and_its_fences_grow()
     async def flow() -> list[int]:
         return (await once_more.map(range(3), chunk_size=3)).succeeded
 
-    run = CrashingRun(flow, World((once_more,), limits=Limits(park_after_s=1e9))).run()
+    lost: list[int] = []
+
+    def lose(call: Any) -> bool:
+        if call.chunk is None or call.chunk.count > 1 or lost:
+            return False
+        lost.append(call.dispatch)
+        return True
+
+    run = CrashingRun(flow, World((once_more,), lose=lose, limits=Limits(park_after_s=1e9))).run()
+    assert lost
     assert run.ending() == ("completed", "[0, 1, 2]")
     ones = [entry for entry in seen if entry[0] == 1]
     assert [(attempt, previous) for _, attempt, previous, _ in ones] == [
@@ -382,6 +393,36 @@ def test_a_cancelled_run_cancels_its_map() -> None:
     calm, _ = crash_everywhere(flow, lambda: world(cancel_when=opened, never=frozenset({add.definition.name})))
     assert calm.ending()[:2] == ("cancelled", "enough")
     assert [e.position for e in calm.events if e.type == "step_cancelled"] == ["1"]  # type: ignore[attr-defined]
+
+
+def test_a_map_that_nobody_waits_for_is_cancelled_at_the_end_of_its_run_and_before_it_is_undone() -> None:
+    import asyncio
+
+    async def ends() -> int:
+        task = asyncio.create_task(add.map(range(100), concurrency=3, chunk_size=2))
+        await once(1)
+        return 1 if not task.done() else 0
+
+    async def fails() -> None:
+        pw.current_run().on_failure(once, 9)
+        await ends()
+        raise LookupError("no")
+
+    for flow, ending in ((ends, "completed"), (fails, "failed")):
+        run = CrashingRun(flow, world(never=frozenset({add.definition.name}))).run()
+        assert run.ending()[0] == ending
+        assert [e.position for e in run.events if e.type == "step_cancelled"] == ["t1.1"]  # type: ignore[attr-defined]
+
+
+def test_a_chunk_of_many_has_no_total_timeout_of_its_own_and_one_of_one_has_its_items() -> None:
+    async def flow() -> int:
+        return len(await add.map(range(4), chunk_size=2, concurrency=2))
+
+    run = CrashingRun(flow, world()).run()
+    history = History.of(run.events[:3])
+    for seq, position in enumerate(("1[0:2]", "1[2:3]"), 3):
+        history.apply(StepHandedBack(seq=seq, at=START_AT, position=position, dispatch=1, due_at=START_AT + 9))
+    assert [step.began_at for step in history.steps.values()] == [None, START_AT]
 
 
 def test_maps_beside_steps_and_each_other_keep_their_results_apart() -> None:
