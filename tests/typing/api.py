@@ -73,6 +73,23 @@ async def bare_flow(order: int) -> str:
     return f"{price}"
 
 
+@pw.workflow
+async def pattern_flow(orders: list[int]) -> list[float]:
+    pw.current_run().on_failure(bare_async, 1)
+    first = await pw.first_success(bare_async(1), bare_async(2))
+    batch = await bare_sync.map(orders, concurrency=2, chunk_size=10, max_failures=1, max_ratio=0.5)
+    again = await batch.rerun_failed()
+    batch.raise_if_failed(max_failures=1, max_ratio=0.1)
+    patterns_checked: list[object] = [
+        assert_type(first, str),
+        assert_type(batch, pw.BatchResult[float]),
+        assert_type(again.succeeded, list[float]),
+        assert_type(batch.failed, list[tuple[int, Exception]]),
+        assert_type(pw.rerun("order-42"), pw.RunHandle[Any]),
+    ]
+    return batch.succeeded if patterns_checked else []
+
+
 @pw.workflow(name="x", version=2, max_duration="1h", max_recoveries=3)
 async def called_flow(order: int = 1) -> None: ...
 
