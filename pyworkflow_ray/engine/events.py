@@ -80,6 +80,7 @@ class CodeEnvironment(BaseModel):
     import_roots: tuple[str, ...] = ()
     runtime_env: dict[str, Any] = Field(default_factory=dict)
     code_version: str | None = None
+    preload: tuple[str, ...] = Field(default=(), exclude_if=lambda modules: not modules)  # imported before any code
 
 
 class Frame(BaseModel):

@@ -20,6 +20,10 @@ from pyworkflow_ray.engine.events import CodeEnvironment
 from pyworkflow_ray.errors import ConfigurationError
 
 
+# Modules of ours that make others importable: where the driver has imported one, its workers do, before any code.
+_PRELOADED = ("pyworkflow_ray.compat",)
+
+
 def python_version() -> str:
     """Minor version of this Python, as "3.11": code by value runs on no other."""
     return f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -36,8 +40,10 @@ def capture_environment(
     roots = import_roots()
     python = python_version()
     env = dict(runtime_env or {})
+    preload = tuple(module for module in _PRELOADED if module in sys.modules)
     try:
-        text = json.dumps([python, roots, env, code_version], sort_keys=True, allow_nan=False)
+        parts = [python, roots, env, code_version, *([list(preload)] if preload else [])]
+        text = json.dumps(parts, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"runtime_env={env!r} can't be recorded: {error}. Use plain JSON values") from error
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -47,6 +53,7 @@ def capture_environment(
         import_roots=tuple(roots),
         runtime_env=json.loads(json.dumps(env)),
         code_version=code_version,
+        preload=preload,
     )
 
 
@@ -81,6 +88,9 @@ def enter_environment(environment: CodeEnvironment) -> list[str]:
     if missing:
         sys.path[:0] = missing
         importlib.invalidate_caches()
+    for module in environment.preload:
+        if module in _PRELOADED:
+            importlib.import_module(module)
     return [root for root in environment.import_roots if not os.path.exists(root)]
 
 
