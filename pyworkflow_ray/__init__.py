@@ -33,6 +33,7 @@ _HOMES: dict[str, str] = {
     "resource": "pyworkflow_ray.execution.resource",
     "classify": "pyworkflow_ray.resilience.taxonomy",
     "on_retry": "pyworkflow_ray.execution.hooks",
+    "on_run_failed": "pyworkflow_ray.execution.hooks",
     "register_kind": "pyworkflow_ray.resilience.taxonomy",
     "CircuitBreaker": "pyworkflow_ray.breaker",
     "RetryBudget": "pyworkflow_ray.budget",
@@ -45,6 +46,7 @@ _HOMES: dict[str, str] = {
             "get_run",
             "init",
             "list_runs",
+            "pause",
             "recover",
             "rerun",
             "resume",
@@ -90,8 +92,6 @@ _LATER: dict[str, str] = {
     "HealthReport": "",
     "health": "",
     "on_breaker_open": "",
-    "on_run_failed": "",
-    "pause": "",
 }
 
 __all__ = [
@@ -130,6 +130,8 @@ __all__ = [
     "list_runs",
     "now",
     "on_retry",
+    "on_run_failed",
+    "pause",
     "random",
     "recover",
     "register_kind",
@@ -173,7 +175,7 @@ if TYPE_CHECKING:
         StepTimeoutError,
         StorageError,
     )
-    from pyworkflow_ray.execution.hooks import on_retry
+    from pyworkflow_ray.execution.hooks import on_retry, on_run_failed
     from pyworkflow_ray.execution.resource import resource
     from pyworkflow_ray.resilience.taxonomy import classify, register_kind
     from pyworkflow_ray.runs import (
@@ -183,6 +185,7 @@ if TYPE_CHECKING:
         get_run,
         init,
         list_runs,
+        pause,
         recover,
         rerun,
         resume,

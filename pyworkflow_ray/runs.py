@@ -303,6 +303,19 @@ def wake(run_id: str) -> RunHandle[Any]:
     return handle
 
 
+def pause(run_id: str) -> RunHandle[Any]:
+    """Pause a run for a person: it begins nothing more, and pauses once the steps that run now have ended.
+
+    `resume` has it go on. A run that is parked pauses at once; one that has ended or is paused is left alone.
+
+    Raises:
+        RunNotFoundError: no such run. RunError: another Ray, which lives, owns it.
+    """
+    handle = get_run(run_id)
+    need_client(handle._storage).call("pause", run_id)
+    return handle
+
+
 def recover(steal: bool = False) -> list[RunHandle[Any]]:
     """Take up the unfinished runs that no living owner holds; returns their handles and does not wait for them.
 

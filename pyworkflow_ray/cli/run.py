@@ -261,6 +261,26 @@ def wake(run_id: str, address: str | None, utc: bool, as_json: bool, storage_pat
 
 
 @click.command()
+@click.argument("run_id")
+@click.option("--address", help="A Ray cluster, as for `run`.")
+@opt.utc_option
+@opt.json_option
+@opt.storage_option
+def pause(run_id: str, address: str | None, utc: bool, as_json: bool, storage_path: Path | None) -> int:
+    """Pause a run for a person: it begins nothing more. Waits for the steps that run now to end."""
+    reader = open_reader(storage_path, opt.zone(utc))
+    view = reader.view(run_id)
+    if view.ended_at is not None or view.status == "paused":
+        note_line(f"{run_id} is {view.status}: nothing to pause")
+        _print_view(reader, run_id, as_json)
+        return 0
+    with connected(storage_path, address) as pw:
+        follow(pw.pause(run_id))
+    _print_view(reader, run_id, as_json)
+    return 0
+
+
+@click.command()
 @click.option("--steal", is_flag=True, help="Take runs from a living owner too. It will never take them back.")
 @click.option("--address", help="A Ray cluster, as for `run`.")
 @opt.utc_option

@@ -13,7 +13,7 @@ from pyworkflow_ray.cli import render
 from pyworkflow_ray.cli.main import CommandGroup
 from pyworkflow_ray.cli.reading import Filter, Reader, open_reader
 from pyworkflow_ray.cli.rerun import rerun
-from pyworkflow_ray.cli.run import cancel, resume, wake
+from pyworkflow_ray.cli.run import cancel, pause, resume, wake
 from pyworkflow_ray.cli.screen import Screen, error_line, to_json
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.observability.model import RunView, StepView
@@ -208,10 +208,9 @@ def _repeat(draw: Callable[[], tuple[bool, int]], screen: Screen, watch: bool, i
         screen.clear()
 
 
-for _command in (cancel, rerun, resume, wake):
+for _command in (cancel, pause, rerun, resume, wake):
     runs.add_command(_command)
 for _name, _instead in (
-    ("pause", "cancel stops a run"),
     ("summary", "see: pyworkflow-ray runs list"),
 ):
     runs.add_command(opt.unavailable(_name, _instead))

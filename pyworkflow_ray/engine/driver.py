@@ -128,6 +128,7 @@ class Driver(pausing.PausingDriver):
             self._cancel_deadline = since + self._limits.cancel_grace_s
         taken_up = [(p, s) for p, s in before.steps.items() if s.ended is None]
         self._commands(fresh, now)
+        pausing.spread_overdue([s for p, s in taken_up if p in handed_back], self._rng, now)
         for position, step in taken_up:
             if step.ended is None and self._history.ended is None:
                 self._take_up(position, step, position in handed_back, activation, now)
@@ -371,9 +372,8 @@ class Driver(pausing.PausingDriver):
         step.dispatch += 1
         event = step.event
         if step.dispatch > 1 or step.waiting or step.attempt or step.recoveries:
-            policy = self._machine.policies.pop(event.position, None) if self._machine is not None else None
-            changed = policy if self._cause == "resume" else None
-            self._command(StepDispatched(at=self._now, position=event.position, dispatch=step.dispatch, policy=changed))
+            policy = self._policy_from_here_on(event.position)
+            self._command(StepDispatched(at=self._now, position=event.position, dispatch=step.dispatch, policy=policy))
             event = step.event
         step.dispatched, step.waiting, step.started_at = True, False, None
         step.first_attempt = step.attempt + 1

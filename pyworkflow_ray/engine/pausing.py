@@ -11,12 +11,16 @@ Pure. Called by `driver` (of which `PausingDriver` is a part) and `history`. Rul
 from __future__ import annotations
 
 from collections.abc import Iterable
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from pyworkflow_ray.engine.events import ErrorInfo, Event, RunCreated, RunPaused, StepHandedBack
+from pyworkflow_ray.resilience.retry import AT_ONCE, spread
 
 if TYPE_CHECKING:
     from pyworkflow_ray.engine.history import History, StepState
+    from pyworkflow_ray.engine.machine import Machine
+    from pyworkflow_ray.resilience.policy import RetryPolicy
 
 PAUSES = ("exhausted", "deadline", "budget")  # `StepFailed.why` of a step that gave up, and might not have
 
@@ -60,6 +64,14 @@ def by_hand(created: RunCreated, now: float) -> RunPaused:
     )
 
 
+def spread_overdue(waiting: list[StepState], rng: Random, now: float) -> None:
+    """Retries that all fell due while nobody owned the run come back a few at a time, with jitter."""
+    overdue = [step for step in waiting if step.ended is None and (step.retry_at or 0.0) <= now]
+    if len(overdue) > AT_ONCE:
+        for step, after_s in zip(overdue, spread(len(overdue), rng), strict=True):
+            step.retry_at = now + after_s
+
+
 def lost_too_often(created: RunCreated, times: int) -> str:
     return (
         f"run {created.run_id!r} is paused: {times} activations were lost without a step completed in between "
@@ -95,6 +107,8 @@ class PausingDriver:
     _history: History
     _over: bool
     _now: float
+    _machine: Machine | None
+    _cause: str
     _wanted_pause: RunPaused | None
     _paused_by_hand: bool
 
@@ -134,6 +148,11 @@ class PausingDriver:
         """Whether the run begins nothing more, for it is to pause. A cancelled run ends instead."""
         wanted = self._wanted_pause is not None or self._paused_by_hand
         return wanted and self._history.cancel is None
+
+    def _policy_from_here_on(self, position: str) -> RetryPolicy | None:
+        """The policy that the code now gives where it is another and a person resumed; None: no change."""
+        policy = self._machine.policies.pop(position, None) if self._machine is not None else None
+        return policy if self._cause == "resume" else None
 
     def _hold(self, step: StepState) -> None:
         """Not now: the run is about to pause. It is due at once when the run goes on."""

@@ -27,6 +27,7 @@ ErrorFilter = tuple[type[BaseException], ...] | Callable[[BaseException], bool]
 DelayOf = Callable[[int, BaseException], Duration]  # (number of failed attempts so far, the error) -> delay
 
 BACKOFF_CAP_S = 3600.0  # cap where the delay grows and none was given
+AT_ONCE, EVERY_S = 32, 0.5  # things that are overdue after a restart
 SPREAD = 0.125  # proportional jitter, and what is added to a server's Retry-After
 
 
@@ -99,6 +100,15 @@ def retry_delay(
     if jitter == "equal":
         return delay / 2 + rng.uniform(0.0, delay / 2)
     return delay
+
+
+def spread(count: int, rng: Random) -> list[float]:
+    """Seconds after which each of `count` things that are all overdue may begin, so that they don't begin together.
+
+    After a restart everything that fell due meanwhile is due at once. At most `AT_ONCE` of them begin within each
+    `EVERY_S`, each at a random moment of it: what they call has just come back, too.
+    """
+    return [index // AT_ONCE * EVERY_S + rng.uniform(0.0, EVERY_S) for index in range(count)]
 
 
 def delay_cap(policy: RetryPolicy) -> float:

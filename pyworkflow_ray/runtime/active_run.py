@@ -29,6 +29,7 @@ from pyworkflow_ray.engine.events import (
     StepStarted,
 )
 from pyworkflow_ray.errors import FencedError, StorageError
+from pyworkflow_ray.execution.hooks import run_has_failed
 from pyworkflow_ray.runtime.messages import Assignment, RunReport
 
 log = logging.getLogger("pyworkflow_ray.run")
@@ -78,6 +79,7 @@ class ActiveRun:
         self._executor = executor
         self._worker, self._node = who
         self._driver: Driver | None = None
+        self._codec: Codec | None = None
 
     @property
     def created(self) -> RunCreated:
@@ -89,16 +91,18 @@ class ActiveRun:
         """Replay the history and go on from its end."""
         given = self.assignment
         driver = Driver(flow, codec, limits=limits, rng=random.Random(), log=log.warning)
-        self._driver = driver
+        self._driver, self._codec = driver, codec
         events, self._events = self._events, self._events[:1]
         now = time.time()
 
         def begin() -> None:
+            if given.pause and given.cancel is None:
+                driver.pause(now)
             driver.activate(events, self._activation(events, lease), now)
             if given.cancel is not None:
                 driver.cancel(given.cancel[0], now)
             elif given.wake:
-                self._retry_now(driver, now)
+                driver.wake(now)
 
         self._guarded(begin)
 
@@ -147,7 +151,10 @@ class ActiveRun:
         self._input(lambda driver, now: driver.cancel(reason, now))
 
     def wake_locked(self) -> None:
-        self._input(self._retry_now)
+        self._input(lambda driver, now: driver.wake(now))
+
+    def pause_by_hand_locked(self) -> None:
+        self._input(lambda driver, now: driver.pause(now))
 
     def started_at(self, position: str) -> float | None:
         """When the attempt that runs now is known to have begun."""
@@ -172,12 +179,6 @@ class ActiveRun:
         self._end(RunReport(self.run_id, "fenced", epoch=self.epoch))
 
     # Effects ----------------------------------------------------------------------------------------------------
-
-    def _retry_now(self, driver: Driver, now: float) -> None:
-        for step in driver.history.steps.values():
-            if step.ended is None and step.waiting:
-                step.retry_at = now
-        driver.tick(now)
 
     def _input(self, handle: Callable[[Driver, float], None]) -> None:
         driver = self._driver
@@ -223,8 +224,14 @@ class ActiveRun:
                 log.warning("%s", event.message)
                 self._end(RunReport(self.run_id, "paused", message=event.message, epoch=self.epoch))
             case Finish(event):
+                self._tell_of_failure(event)
                 status, result = status_of_end(event), small_result(event)
                 self._end(RunReport(self.run_id, "finished", status=status, epoch=self.epoch, result=result))
+
+    def _tell_of_failure(self, event: Event) -> None:
+        created = self._events[0]
+        if isinstance(event, RunFailed) and isinstance(created, RunCreated) and self._codec is not None:
+            run_has_failed(created, event, self._codec)
 
     def _end(self, report: RunReport) -> None:
         if self.report is not None:

@@ -174,6 +174,16 @@ class Controller(Dispatcher):
             return "asked"
 
     @ray.method(concurrency_group="control")
+    def pause(self, run_id: str) -> str:
+        """The run pauses for a person, once what runs has ended; "nothing" where it has ended or is paused."""
+        with self.lock:
+            known = self.runs.get(run_id)
+            if known is not None:
+                self.pause_locked(known)
+                return "asked" if known.state != "paused" else "nothing"
+        return taking.pause(self, run_id)
+
+    @ray.method(concurrency_group="control")
     def recover(self, steal: bool) -> list[str]:
         """Take up the unfinished runs that no living owner holds. Their ids."""
         return taking.recover(self, steal)

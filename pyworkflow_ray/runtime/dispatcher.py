@@ -46,7 +46,8 @@ _START_FAILURES = 4
 @dataclass(slots=True, eq=False)
 class Known:
     """An unfinished run of this lease. state: "queued", "running", "parked", "paused" or "waiting" (to be tried again).
-    cancel: a cancel that the run has not been told of yet. wake: it was to be woken as it went into parking."""
+    cancel: a cancel that the run has not been told of yet. wake, pause: it was to be woken, or paused, as it went into
+    parking."""
 
     run_id: str
     pool: Pool
@@ -55,6 +56,7 @@ class Known:
     due_at: float | None = None
     cancel: tuple[str | None] | None = None
     wake: bool = False
+    pause: bool = False
     failures: int = 0
 
 
@@ -299,6 +301,7 @@ class Dispatcher:
                 if known is not None:
                     again = Assignment(before.run_id, cause="recovery", charged=charged)
                     again.cancel, again.resets = before.cancel, before.resets
+                    again.wake, again.pause = before.wake, before.pause
                     if before.resets:
                         again.cause = "resume"
                     self.enqueue_locked(known, again, urgent=True)
@@ -323,7 +326,9 @@ class Dispatcher:
                 known.state, known.due_at, known.failures = "parked", report.due_at, 0
                 self.tell_locked(report.run_id, "parked")
                 self.at_locked(report.due_at or time.time(), lambda: self.due(known, report.due_at))
-                if known.wake:
+                if known.pause:
+                    self.pause_locked(known)
+                elif known.wake:
                     self.wake_locked(known)
             case "paused":
                 known.state = "paused"
@@ -374,6 +379,28 @@ class Dispatcher:
                 self.wake_locked(known)
             else:
                 known.wake = True  # its report is still to come
+
+    def pause_locked(self, known: Known) -> None:
+        """The run pauses for a person, once what runs has ended."""
+        if known.state == "parked":
+            known.pause = False
+            self.enqueue_locked(known, Assignment(known.run_id, cause="wake", pause=True))
+        elif known.slot is not None:
+            self.then(known.slot.handle.pause.remote(known.run_id), lambda f: self._paused(known, f))
+        else:
+            for assignment in (*known.pool.queue, *known.pool.urgent):
+                if assignment.run_id == known.run_id:
+                    assignment.pause = True
+
+    def _paused(self, known: Known, future: Any) -> None:
+        """As `_woken`: the run actor may just have parked the run."""
+        with self.lock:
+            if self.runs.get(known.run_id) is not known or (future.exception() is None and future.result()):
+                return
+            if known.state == "parked":
+                self.pause_locked(known)
+            else:
+                known.pause = True
 
     def _again(self, known: Known, charged: bool) -> None:
         with self.lock:

@@ -52,7 +52,8 @@ class Assignment:
     first: the activation that continues epoch 0's file; handed out once, to one run actor. False opens the next epoch.
     charged: whether the activation that was lost before counts against the run's recoveries.
     resets: failed steps that are tried again. cancel: (reason,) to cancel the run at once, None: not.
-    wake: parked retries happen now. after: begin exactly the epoch after this one; None: whichever is next.
+    wake: parked retries happen now. pause: it pauses for a person. after: begin exactly the epoch after this one; None:
+    whichever is next.
     """
 
     run_id: str
@@ -62,6 +63,7 @@ class Assignment:
     resets: list[str] = field(default_factory=list)
     cancel: tuple[str | None] | None = None
     wake: bool = False
+    pause: bool = False
     after: int | None = None
 
 

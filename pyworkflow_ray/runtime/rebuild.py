@@ -9,19 +9,22 @@ Faults: anchors or run actors that died, are dying or are stopped: every questio
 
 from __future__ import annotations
 
+import functools
 import logging
+import random
 import time
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from pyworkflow_ray.errors import StorageError
+from pyworkflow_ray.resilience.retry import spread
 from pyworkflow_ray.runtime.messages import ANCHOR, NAMESPACE, Assignment, Doing
 from pyworkflow_ray.runtime.pool import Slot
 from pyworkflow_ray.runtime.taking import enlist, standing
 
 if TYPE_CHECKING:
-    from pyworkflow_ray.runtime.dispatcher import Dispatcher
+    from pyworkflow_ray.runtime.dispatcher import Dispatcher, Known
 
 log = logging.getLogger("pyworkflow_ray.controller")
 
@@ -98,6 +101,7 @@ def _adopt(controller: Dispatcher, pool: Any, handle: Any, doing: Doing) -> None
 def _from_storage(controller: Dispatcher, in_hand: set[str]) -> int:
     mine = controller.lease.id if controller.lease is not None else ""
     taken = 0
+    overdue: list[tuple[Known, float]] = []
     for run_id in controller.storage.unfinished():
         with controller.lock:
             if run_id in in_hand or run_id in controller.runs:
@@ -112,12 +116,16 @@ def _from_storage(controller: Dispatcher, in_hand: set[str]) -> int:
         except StorageError as error:
             log.error("run %s can't be read and was left alone: %s", run_id, error)
             continue
-        _take(controller, history.events, run_id)
+        _take(controller, history.events, run_id, overdue)
         taken += 1
+    with controller.lock:
+        for (known, due_at), after_s in zip(overdue, spread(len(overdue), random.Random()), strict=True):
+            controller.after_locked(after_s, functools.partial(controller.due, known, due_at))
     return taken
 
 
-def _take(controller: Dispatcher, events: list[Any], run_id: str) -> None:
+def _take(controller: Dispatcher, events: list[Any], run_id: str, overdue: list[tuple[Known, float]]) -> None:
+    """Take one run into the books; parked ones that fell due meanwhile go to `overdue`."""
     from pyworkflow_ray.runtime.dispatcher import Known
 
     state, due_at = standing(events)
@@ -129,7 +137,9 @@ def _take(controller: Dispatcher, events: list[Any], run_id: str) -> None:
             return
         known = Known(run_id, controller.pool_locked(events[0].environment), state, due_at=due_at)
         controller.runs[run_id] = known
-        if due_at is not None:
+        if due_at is not None and due_at <= time.time():
+            overdue.append((known, due_at))
+        elif due_at is not None:
             controller.at_locked(due_at, lambda: controller.due(known, due_at))
 
 

@@ -170,6 +170,21 @@ class RunActor:
         return False
 
     @ray.method(concurrency_group="control")
+    def pause(self, run_id: str) -> bool:
+        """The run pauses for a person, once what runs has ended; False where this actor has not, or no longer, the
+        run."""
+        with self._lock:
+            if self._active is not None and self._active.run_id == run_id and self._active.report is None:
+                self._active.pause_by_hand_locked()
+                self._settle_locked()
+                return True
+            for assignment in self._queue:
+                if assignment.run_id == run_id:
+                    assignment.pause = True
+                    return True
+        return False
+
+    @ray.method(concurrency_group="control")
     def drain(self, timeout_s: float) -> bool:
         """Begin nothing more; True once no step runs, False after `timeout_s`. The run itself stays where it is."""
         deadline = time.monotonic() + timeout_s

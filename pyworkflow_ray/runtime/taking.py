@@ -5,7 +5,10 @@ Called by `controller`, whose lock guards its books; reads and writes the storag
 
 from __future__ import annotations
 
+import functools
 import logging
+import random
+import time
 from typing import TYPE_CHECKING
 
 from pyworkflow_ray.engine.events import (
@@ -19,6 +22,7 @@ from pyworkflow_ray.engine.events import (
 )
 from pyworkflow_ray.engine.history import failed_positions
 from pyworkflow_ray.errors import ConfigurationError, FencedError, RunError, StorageError
+from pyworkflow_ray.resilience.retry import spread
 from pyworkflow_ray.runtime.active_run import ActiveRun
 from pyworkflow_ray.runtime.messages import Assignment, Cause, RunReport
 from pyworkflow_ray.storage.lease import lease_states, orphans
@@ -51,6 +55,7 @@ def recover(controller: Dispatcher, steal: bool) -> list[str]:
     for run_id, why in found.damaged.items():
         log.error("run %s is damaged and was left alone: %s", run_id, why)
     taken = []
+    overdue: list[tuple[list[Event], Assignment]] = []
     for orphan in found.runs:
         with controller.lock:
             if orphan.run_id in controller.runs:
@@ -60,10 +65,18 @@ def recover(controller: Dispatcher, steal: bool) -> list[str]:
         except StorageError as error:
             log.error("run %s can't be read and was left alone: %s", orphan.run_id, error)
             continue
-        if standing(history.events)[0] == "paused":
+        state, due_at = standing(history.events)
+        if state == "paused":
             continue
-        enlist(controller, history.events, Assignment(orphan.run_id, cause="recovery", after=orphan.epoch))
+        assignment = Assignment(orphan.run_id, cause="recovery", after=orphan.epoch)
+        if state == "parked" and (due_at or 0.0) <= time.time():
+            overdue.append((history.events, assignment))
+        else:
+            enlist(controller, history.events, assignment)
         taken.append(orphan.run_id)
+    with controller.lock:
+        for (events, assignment), after_s in zip(overdue, spread(len(overdue), random.Random()), strict=True):
+            controller.after_locked(after_s, functools.partial(enlist, controller, events, assignment))
     return taken
 
 
@@ -95,6 +108,16 @@ def take_up(controller: Dispatcher, run_id: str, cause: Cause, *, cancel: tuple[
     check_owner(controller, run_id, history.lease)
     assignment = Assignment(run_id, cause=cause, cancel=cancel, after=history.epoch)
     enlist(controller, history.events, assignment)
+    return "asked"
+
+
+def pause(controller: Dispatcher, run_id: str) -> str:
+    """See `Controller.pause`, of a run that is not in the books."""
+    history = controller.storage.read_run(run_id)
+    if history.finished or standing(history.events)[0] == "paused":
+        return "nothing"
+    check_owner(controller, run_id, history.lease)
+    enlist(controller, history.events, Assignment(run_id, cause="recovery", pause=True, after=history.epoch))
     return "asked"
 
 

@@ -51,7 +51,7 @@ def test_commands_of_the_contract_are_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["runs pause x", "runs rerun x --from-step 3", "runs summary", "breakers list", "health", "doctor"]
+    "path", ["runs rerun x --from-step 3", "runs summary", "breakers list", "health", "doctor"]
 )
 def test_what_is_not_built_yet_is_refused(invoke: Invoke, path: str) -> None:
     result = invoke(*path.split())

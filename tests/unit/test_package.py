@@ -12,8 +12,6 @@ import pyworkflow_ray as pw
 LATER = [
     "health",
     "on_breaker_open",
-    "on_run_failed",
-    "pause",
 ]
 
 

@@ -332,3 +332,27 @@ def test_a_wake_of_a_run_that_does_not_go_on_changes_nothing(when):
     events = len(run.events)
     run.do("wake")
     assert len(run.events) == events
+
+
+# After a restart ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "at_once"), [(3, 3), (100, 0)])
+def test_many_retries_that_fell_due_while_nobody_owned_the_run_do_not_begin_together(count, at_once):
+    async def flow():
+        return await asyncio.gather(*(later(n) for n in range(count)))
+
+    run = Run(flow)
+    for n in range(count):
+        hand_back(run, f"t{n + 1}.1")
+    again = run.again(flow, now=START_AT + 3600)
+    assert len(calls(again)) == at_once
+    begun = []
+    while len(calls(again)) < count:
+        before = len(calls(again))
+        again.now = again.driver.next_due
+        again.do("tick")
+        begun += [again.now - START_AT - 3600] * (len(calls(again)) - before)
+    assert max(begun, default=0.0) <= 2.0
+    assert all(sum(k <= 2 * at < k + 1 for at in begun) <= 32 for k in range(4))
+    assert len({round(at, 9) for at in begun}) == len(begun), "with jitter"

@@ -13,7 +13,7 @@ import pytest
 
 from pyworkflow_ray.errors import CircuitOpenError, FatalError, RetryableError, StepTimeoutError
 from pyworkflow_ray.resilience.policy import RetryPolicy
-from pyworkflow_ray.resilience.retry import Retry, Stop, decide, retry_delay
+from pyworkflow_ray.resilience.retry import Retry, Stop, decide, retry_delay, spread
 from pyworkflow_ray.resilience.taxonomy import classify
 
 NOW = 1_800_000_000.0
@@ -320,3 +320,12 @@ def test_the_reason_of_a_delay_is_told(values: dict[str, Any], words: str) -> No
     decision = after(OSError(), policy(**values))
     assert isinstance(decision, Retry)
     assert decision.reason == words
+
+
+def test_what_is_overdue_after_a_restart_comes_back_with_jitter_and_a_bounded_number_at_once() -> None:
+    offsets = spread(320, random.Random(1))
+    assert 4.5 < max(offsets) <= 5.0
+    for start in range(10):
+        assert sum(start * 0.5 <= offset < (start + 1) * 0.5 for offset in offsets) == 32
+    assert max(Counter(offsets).values()) == 1
+    assert all(offset <= 0.5 for offset in spread(3, random.Random(1))), "few begin at once"
