@@ -23,14 +23,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pyworkflow_ray.engine.calls import ChunkResult, Codec, Outcome, PreviousFailure, StepCall
-from pyworkflow_ray.engine.chunks import parse_position
+from pyworkflow_ray.engine.chunks import chunk_position, parse_position
 from pyworkflow_ray.engine.events import ErrorInfo, ItemFailure, ItemWaiting, Payload, PreviousAttempt
 from pyworkflow_ray.execution.attempts import Ended, FailedAttempt, Guard, Plan, attempts, message_of
 from pyworkflow_ray.execution.context import KeyScope
 from pyworkflow_ray.execution.definitions import StepDefinition
+from pyworkflow_ray.execution.hooks import hooked
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.perform import Work, drive, drive_async, wait_async
-from pyworkflow_ray.execution.worker import RNG, Execution
+from pyworkflow_ray.execution.worker import RNG, Execution, tell_retry
 from pyworkflow_ray.execution.worker_loop import WorkerLoop, worker_loop
 
 MAX_PREVIOUS = 20  # failures of an item that are kept while it waits without a worker
@@ -108,8 +109,9 @@ class _Item(Execution):
     """One item: an execution of its own. `failures` are its failed attempts."""
 
     def __init__(self, chunk: _Chunk, index: int, args: tuple[Any, ...]) -> None:
+        # what an execution asks for as it is made (hooks, kinds, the budget) is the chunk's
+        self.__dict__.update(chunk.execution.__dict__)
         call = chunk.call
-        super().__init__(call, chunk.step, chunk.codec, _unheard, "", "", chunk.clock, chunk.rng, chunk.sleep)
         self.index = index
         self.args = args
         self.chunk = chunk
@@ -133,6 +135,10 @@ class _Item(Execution):
         if failure.retry_at is not None:
             retried = self.chunk.retried
             retried[name] = retried.get(name, 0) + 1
+            if hooked("retry"):
+                call = self.call
+                place = chunk_position(self.chunk.position, self.index, 1)
+                tell_retry(failure, call.step, call.run_id, call.workflow, place)
 
     def put_aside(self, ended: Ended) -> None:
         """Its next attempt begins later."""
@@ -200,7 +206,7 @@ class _Chunk:
         self.guard = guard
         self.interrupt = interrupt
         self.retried: dict[str, int] = {}
-        self._execution = Execution(call, step, codec, _unheard, worker, node, clock, rng, sleep)
+        self.execution = Execution(call, step, codec, _unheard, worker, node, clock, rng, sleep)
         self._started_at = clock()
         self._items: list[Any] = []
         self._begun = 0
@@ -217,7 +223,7 @@ class _Chunk:
         """Decode the items; an outcome where that fails for the chunk as a whole."""
         given = self.given
         try:
-            self._execution.function()  # raises what keeps the call from being begun
+            self.execution.function()  # raises what keeps the call from being begun
             if given.packed:
                 first = given.items[0]
                 assert isinstance(first, Payload)
@@ -227,7 +233,7 @@ class _Chunk:
             else:
                 self._items = list(given.items)
         except Exception as error:
-            return self._execution.broken(error)
+            return self.execution.broken(error)
         return None
 
     def next(self) -> _Item | float | None:
@@ -264,7 +270,7 @@ class _Chunk:
                 value = self.codec.decode(value)
             args, _ = self.step.validate((value,), {})
         except Exception as error:
-            self._fail(index, self._execution.error_info(error), 0, "permanent")
+            self._fail(index, self.execution.error_info(error), 0, "permanent")
             return None
         return _Item(self, index, args)
 
@@ -310,7 +316,7 @@ class _Chunk:
     # The end -------------------------------------------------------------------------------------------------------
 
     def outcome(self) -> Outcome:
-        execution = self._execution
+        execution = self.execution
         if self._cancelled:
             return execution.new_outcome("cancelled", self.call.first_attempt)
         waiting: list[ItemWaiting] = []
@@ -355,6 +361,6 @@ class _Chunk:
                 try:
                     single = self.codec.encode(value).model_dump(mode="json", exclude_defaults=True)
                 except Exception as error:
-                    self._fail(index, self._execution.error_info(error), 1, "permanent")
+                    self._fail(index, self.execution.error_info(error), 1, "permanent")
             stored.append(single)
         return self.codec.encode(stored), True

@@ -14,6 +14,7 @@ import pyworkflow_ray as pw
 from pyworkflow_ray.engine.calls import ChunkResult, Outcome
 from pyworkflow_ray.engine.chunks import pack_items
 from pyworkflow_ray.engine.events import Payload
+from pyworkflow_ray.execution import hooks
 from pyworkflow_ray.execution.chunks import WHOLE_TRACEBACKS, execute_chunk_async
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.worker import execute_call
@@ -273,3 +274,15 @@ def test_the_breaker_is_asked_for_each_item() -> None:
     found = result(outcome)
     assert SEEN == [0, 1]
     assert Counter(found.errors[f.error].type for f in found.failures) == {"ConnectionError": 2, "CircuitOpenError": 3}
+
+
+def test_hooks_are_told_of_each_retry_of_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setitem(hooks._own, "retry", [told.append])
+    chunk(flaky, [1, -2, -3], first=10)
+    assert [(e.position, e.attempt, e.delay, e.run_id) for e in told] == [
+        ("3[11:12]", 1, 5.0, "order-42"),
+        ("3[12:13]", 1, 5.0, "order-42"),
+        ("3[11:12]", 2, 5.0, "order-42"),
+        ("3[12:13]", 2, 5.0, "order-42"),
+    ]
