@@ -32,6 +32,7 @@ _HOMES: dict[str, str] = {
     "Workflow": "pyworkflow_ray.workflow",
     "resource": "pyworkflow_ray.execution.resource",
     "classify": "pyworkflow_ray.resilience.taxonomy",
+    "on_breaker_open": "pyworkflow_ray.execution.hooks",
     "on_retry": "pyworkflow_ray.execution.hooks",
     "on_run_failed": "pyworkflow_ray.execution.hooks",
     "register_kind": "pyworkflow_ray.resilience.taxonomy",
@@ -91,7 +92,6 @@ _HOMES: dict[str, str] = {
 _LATER: dict[str, str] = {
     "HealthReport": "",
     "health": "",
-    "on_breaker_open": "",
 }
 
 __all__ = [
@@ -129,6 +129,7 @@ __all__ = [
     "init",
     "list_runs",
     "now",
+    "on_breaker_open",
     "on_retry",
     "on_run_failed",
     "pause",
@@ -175,7 +176,7 @@ if TYPE_CHECKING:
         StepTimeoutError,
         StorageError,
     )
-    from pyworkflow_ray.execution.hooks import on_retry, on_run_failed
+    from pyworkflow_ray.execution.hooks import on_breaker_open, on_retry, on_run_failed
     from pyworkflow_ray.execution.resource import resource
     from pyworkflow_ray.resilience.taxonomy import classify, register_kind
     from pyworkflow_ray.runs import (

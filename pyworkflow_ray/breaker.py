@@ -6,69 +6,111 @@ initialised.
 
 from __future__ import annotations
 
-import difflib
+import datetime as dt
 import functools
 import inspect
 import os
 import re
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar, cast
 
-from pyworkflow_ray.durations import Duration, parse_duration
+from pyworkflow_ray.durations import Duration
 from pyworkflow_ray.errors import ConfigurationError
-from pyworkflow_ray.execution.breakers import Circuit, CircuitGuard, Declared, declare, declare_later, held, kept_apart
-from pyworkflow_ray.resilience.breaker import BreakerSettings, BreakerState
+from pyworkflow_ray.execution.breaker_options import check_together, checked_options, checked_settings
+from pyworkflow_ray.execution.breakers import (
+    Circuit,
+    CircuitGuard,
+    Declared,
+    StateChange,
+    counting,
+    declare,
+    declare_later,
+    held,
+    kept_apart,
+    listen,
+)
+from pyworkflow_ray.resilience.breaker import BreakerEvent, BreakerSettings, BreakerState, View
+from pyworkflow_ray.resilience.breaker_settings import full_name, split_name
 
-__all__ = ["BreakerState", "CircuitBreaker"]
+__all__ = ["BreakerSnapshot", "BreakerState", "CircuitBreaker", "StateChange"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_ANY = object()  # no value of this option says what this version does
-# Options of later versions, with the one value that says what this version does anyway.
-_NOT_YET: dict[str, object] = {
-    "failure_rate": None,
-    "slow_call_duration": None,
-    "slow_call_rate": None,
-    "minimum_calls": _ANY,
-    "window": _ANY,
-    "min_nodes": 1,
-    "half_open_max_calls": 1,
-    "success_threshold": 1,
-    "max_recovery_timeout": None,
-    "recovery_backoff": 1,
-    "ramp": None,
-    "counts": None,
-}
-_OPTIONS = ("name", "failure_threshold", "recovery_timeout", *_NOT_YET)
 _NO_VARIABLE = re.compile(r"_+[0-9]*|_i+[0-9]*|_oh|_ih")  # what IPython keeps of a cell's results
 _MAX_FRAMES = 30
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerSnapshot:
+    """A breaker at one instant.
+
+    failures: in a row; of a breaker that judges rates: in its window, of `calls`. retry_after: seconds of open time
+    that are left, None when forced open. probing: calls that try the service out now. successes: of those that it takes
+    to close. ramp: share of the calls that is let through after closing, None: every one. nodes: those for which it
+    is open alone, each with the reason. settings: in force, `configure()` included.
+    """
+
+    name: str
+    key: str | None
+    state: BreakerState
+    reason: str
+    generation: int
+    failures: int
+    calls: int
+    failure_rate: float | None
+    slow_call_rate: float | None
+    retry_after: float | None
+    probing: int
+    successes: int
+    ramp: float | None
+    nodes: dict[str, str]
+    settings: dict[str, Any]
 
 
 class CircuitBreaker:
     """Refuses calls to a service that keeps failing, until it has had time to recover.
 
-    It opens after `failure_threshold` consecutive failures and refuses every call with `CircuitOpenError`. After
-    `recovery_timeout` the next call is let through to probe: its success closes the breaker, its failure opens it
-    again. Transient errors and timeouts count as failures (`pyworkflow_ray.classify`); permanent errors, cancelled
-    calls and refusals do not.
+    It opens after `failure_threshold` consecutive failures, or where a rate is given, once that share of the window's
+    calls has failed or was slow; then it refuses every call with `CircuitOpenError`. After `recovery_timeout` it is
+    half-open: `half_open_max_calls` calls at a time are let through to probe. `success_threshold` successes close it, a
+    failure opens it again. Transient errors and timeouts count as failures (`pyworkflow_ray.classify`); permanent
+    errors, cancelled calls and refusals do not.
 
     Used in any process of a Ray cluster it is one breaker, known by its name; it travels into tasks and steps and is
-    the same breaker there. Where Ray is not initialised it works in this process.
+    the same breaker there. Where Ray is not initialised it works in this process. With many processes prefer
+    `failure_rate`: at a steady 30 % of errors five in a row come every few seconds at a cluster's volume.
 
     Args:
-        name: 1 to 128 printable characters. None: module and variable, "shop.pay:breaker", where the breaker is a
-            module-level variable (of a script or notebook: its file's name); elsewhere its first use asks for a name.
+        name: 1 to 128 printable characters, no bracket. None: module and variable, "shop.pay:breaker", where the
+            breaker is a module-level variable (of a script or notebook: its file's name); elsewhere its first use asks
+            for a name.
         failure_threshold: Consecutive failures that open it, ≥ 1, default 5. They are counted in the order in which
-            calls end; a success sets the count to zero.
+            calls end; a success sets the count to zero. Unused where `failure_rate` is given.
         recovery_timeout: How long it stays open, ≥ 0, default 60 s: seconds, a timedelta, or text such as "30s".
+        failure_rate: Share of failed calls in the window, above 0 and at most 1, that opens it.
+        slow_call_duration: A call that takes so long or longer is slow, whether it succeeds or fails. Without
+            `slow_call_rate` a slow call is a failure; in half-open it always is.
+        slow_call_rate: Share of slow calls in the window that opens it.
+        minimum_calls: Rates are judged from so many calls in the window on, default 10.
+        window: What rates are shares of: a duration as text or timedelta (default "60s"), or an int, the last n calls.
+        min_nodes: From how many nodes failures must come before it opens for all, default 1. Before that it opens on
+            the failing node alone.
+        half_open_max_calls: Calls that may probe at the same time, in the whole cluster, default 1.
+        success_threshold: Probes that must succeed before it closes, default 1.
+        max_recovery_timeout: Longest open time; None: an hour where `recovery_backoff` is above 1.
+        recovery_backoff: Factor of the open time for each failed probe in a row, ≥ 1, default 1.
+        ramp: After closing the admitted share grows from 5 % to all over this duration; each failure halves it. None:
+            every call at once.
+        counts: What counts as a failure in place of the taxonomy: exception types, or a function of the exception.
 
     Raises:
-        ConfigurationError: An option is wrong or not available in this version, or the name is declared in this
-            process with other settings. Between processes that is raised at first use.
+        ConfigurationError: An option is wrong, or the name is declared in this process with other settings. Between
+            processes that is raised at first use.
     """
 
     def __init__(
@@ -77,22 +119,38 @@ class CircuitBreaker:
         *,
         failure_threshold: int = 5,
         recovery_timeout: Duration = 60,
+        failure_rate: float | None = None,
+        slow_call_duration: Duration | None = None,
+        slow_call_rate: float | None = None,
+        minimum_calls: int = 10,
+        window: int | str | dt.timedelta = "60s",
+        min_nodes: int = 1,
+        half_open_max_calls: int = 1,
+        success_threshold: int = 1,
+        max_recovery_timeout: Duration | None = None,
+        recovery_backoff: float = 1,
+        ramp: Duration | None = None,
+        counts: Any = None,
         **options: Any,
     ) -> None:
-        _refuse(options)
-        self._settings = BreakerSettings(_threshold(failure_threshold), _timeout(recovery_timeout))
+        given = {name: value for name, value in locals().items() if name not in ("self", "name", "options")}
+        self._settings = checked_settings({**given, **options})
+        self._counts = None if counts is None or isinstance(counts, str) else counting(counts)[0]
+        self._counts_given = counts
+        self._key: str | None = None
+        self._base = self
         self._name = None if name is None else _checked_name(name)
         self._declared: Declared | None = None
         self._namespaces: list[dict[str, Any]] = []
         if self._name is not None:
-            self._declared = declare(self._name, self._settings)
+            self._declared = declare(self._name, self._settings, self._counts)
         else:
             self._namespaces = _namespaces(sys._getframe(1))
             declare_later(self)
 
     @property
     def name(self) -> str:
-        """The breaker's name.
+        """The breaker's name; of a key of it "payments[host-7]".
 
         Raises:
             ConfigurationError: none was given and none can be found.
@@ -159,39 +217,78 @@ class CircuitBreaker:
             await permit.finish_async(error)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_restore, (self.name, self.settings))
+        return (_restore, (split_name(self.name)[0], self.settings, self._counts_given, self._key))
 
     def __repr__(self) -> str:
-        name = repr(self._name) if self._name is not None else "name=None"
-        settings = ", ".join(f"{option}={value:g}" for option, value in self.settings.items())
-        return f"CircuitBreaker({name}, {settings})"
-
-    # Of later versions --------------------------------------------------------------------------------------------
+        name = repr(self._base._name) if self._base._name is not None else "name=None"
+        settings = ", ".join(f"{option}={_shown(value)}" for option, value in self.settings.items())
+        return f"CircuitBreaker({name}, {settings})" + ("" if self._key is None else f".key({self._key!r})")
 
     def key(self, key: str) -> CircuitBreaker:
-        raise _not_available("key()")
+        """The breaker of one key, such as a host: a state of its own, with this breaker's settings, in the same actor.
 
-    def snapshot(self) -> Any:
-        raise _not_available("snapshot()")
+        Keys cost nothing in advance, and idle ones are dropped. Listeners of this breaker hear of all its keys.
+
+        Raises:
+            ConfigurationError: `key` is no text of 1 to 256 printable characters, or this is a key already.
+        """
+        if not isinstance(key, str) or not 1 <= len(key) <= 256 or not key.isprintable():
+            raise ConfigurationError(f"CircuitBreaker.key({key!r}): a key is 1 to 256 printable characters")
+        if self._key is not None:
+            raise ConfigurationError(f"{self!r} is a key already, and has no keys of its own")
+        one: CircuitBreaker = CircuitBreaker.__new__(CircuitBreaker)
+        one.__dict__.update(self.__dict__)
+        one._key, one._base, one._declared = key, self, None
+        return one
+
+    def snapshot(self) -> BreakerSnapshot:
+        """State, counts, rates and settings now, asked of the breaker itself. Asks for no call."""
+        circuit = self._circuit()
+        return _snapshot(circuit, circuit.look(), self._settings)
 
     def force_open(self) -> None:
-        raise _not_available("force_open()")
+        """Refuse every call until `reset()` or `force_closed()`, in all processes; returns once it holds."""
+        self._circuit().force(BreakerEvent.FORCE_OPEN)
 
     def force_closed(self) -> None:
-        raise _not_available("force_closed()")
+        """Let every call through, whatever fails, until `reset()` or `force_open()`; returns once it holds."""
+        self._circuit().force(BreakerEvent.FORCE_CLOSED)
 
     def reset(self) -> None:
-        raise _not_available("reset()")
+        """Close it and forget what it has counted; calls under way do not count any more."""
+        self._circuit().force(BreakerEvent.RESET)
 
     def configure(self, **options: Any) -> None:
-        raise _not_available("configure()")
+        """Change settings of the living breaker, in all processes; `counts` and names stay. Declarations stay as well:
+        what processes declare is compared with each other, never with what is configured.
 
-    def on_state_change(self, callback: Callable[[Any], None]) -> None:
-        raise _not_available("on_state_change()")
+        Raises:
+            ConfigurationError: an option is unknown, its value not allowed, or two don't go together.
+        """
+        if "counts" in options:
+            raise ConfigurationError("CircuitBreaker.configure(counts=...): what counts is declared, not configured")
+        changes = checked_options(options)
+        circuit = self._circuit()
+        check_together((circuit.look().configured or self._settings).with_options(changes))
+        circuit.configure(changes)
+
+    def on_state_change(self, callback: Callable[[StateChange], Any]) -> Callable[[StateChange], Any]:
+        """Call `callback(change)` in this process whenever the state changes, wherever in the cluster that was caused.
+
+        `change` has `.name .key .old .new .reason`. Changes that follow one another at once may be told as one. A
+        callback runs outside of locks; one that raises is logged and harmless. Usable as a decorator.
+        """
+        if not callable(callback) or inspect.iscoroutinefunction(callback):
+            raise ConfigurationError(f"on_state_change takes a function of the change, not {callback!r}")
+        listen(split_name(self.name)[0], self._key, callback)
+        self._circuit()  # a process hears of changes from its first use on
+        return callback
 
     # Inside -------------------------------------------------------------------------------------------------------
 
     def _declaration(self) -> Declared:
+        if self._key is not None:
+            return self._keyed()
         if self._declared is None:
             name = _find_name(self, self._namespaces)
             if name is None:
@@ -199,9 +296,13 @@ class CircuitBreaker:
                     "this CircuitBreaker has no name, and it is no module-level variable that it could be named after: "
                     "give it one, CircuitBreaker(name='payments-api')"
                 )
-            self._declared = declare(name, self._settings)
+            self._declared = declare(name, self._settings, self._counts)
             self._name = name
         return self._declared
+
+    def _keyed(self) -> Declared:
+        """The declaration of the key; held only while it is used, so that idle keys can be dropped."""
+        return declare(full_name(self._base._declaration().name, self._key), self._settings, self._counts)
 
     def _circuit(self) -> Circuit:
         declaration = self._declaration()
@@ -251,48 +352,42 @@ class CircuitBreaker:
         return guarded
 
 
-def _restore(name: str, settings: dict[str, Any]) -> CircuitBreaker:
-    return CircuitBreaker(name, **settings)
+def _restore(name: str, settings: dict[str, Any], counts: Any = None, key: str | None = None) -> CircuitBreaker:
+    options = settings if counts is None else {**settings, "counts": counts}
+    breaker = CircuitBreaker(name, **options)
+    return breaker if key is None else breaker.key(key)
 
 
-# The constructor's checks -----------------------------------------------------------------------------------------
+def _snapshot(circuit: Circuit, view: View, declared: BreakerSettings) -> BreakerSnapshot:
+    settings = view.configured or declared
+    judged = settings.windowed and view.calls > 0
+    return BreakerSnapshot(
+        name=circuit.name,
+        key=circuit.key,
+        state=view.state,
+        reason=view.reason,
+        generation=view.generation,
+        failures=view.failures,
+        calls=view.calls,
+        failure_rate=view.failures / view.calls if judged and settings.failure_rate is not None else None,
+        slow_call_rate=view.slow / view.calls if judged and settings.slow_call_rate is not None else None,
+        retry_after=view.open_for_s,
+        probing=len(view.permits),
+        successes=view.successes,
+        ramp=view.ramp,
+        nodes={node: own.reason for node, own in view.nodes},
+        settings=settings.as_options(),
+    )
 
 
-def _refuse(options: dict[str, Any]) -> None:
-    for option, value in options.items():
-        if option not in _NOT_YET:
-            near = difflib.get_close_matches(option, _OPTIONS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"its options are {', '.join(_OPTIONS[:3])}"
-            raise ConfigurationError(f"CircuitBreaker has no option {option!r} (value {value!r}): {hint}")
-        holds = _NOT_YET[option]
-        if holds is _ANY or isinstance(value, bool) or value != holds:
-            raise ConfigurationError(
-                f"CircuitBreaker({option}={value!r}): {option} is not available in this version; "
-                "a breaker counts consecutive failures, with failure_threshold and recovery_timeout"
-            )
-
-
-def _threshold(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"CircuitBreaker(failure_threshold={value!r}): allowed is a whole number ≥ 1")
-    return value
-
-
-def _timeout(value: Duration) -> float:
-    try:
-        return parse_duration(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"CircuitBreaker(recovery_timeout={value!r}): {error}") from None
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def _checked_name(name: object) -> str:
-    if isinstance(name, str) and 1 <= len(name) <= 128 and name.isprintable():
+    if isinstance(name, str) and 1 <= len(name) <= 128 and name.isprintable() and not set("[]") & set(name):
         return name
-    raise ConfigurationError(f"CircuitBreaker(name={name!r}): a name is 1 to 128 printable characters")
-
-
-def _not_available(what: str) -> ConfigurationError:
-    return ConfigurationError(f"CircuitBreaker.{what} is not available in this version")
+    raise ConfigurationError(f"CircuitBreaker(name={name!r}): a name is 1 to 128 printable characters, no bracket")
 
 
 # The name of a breaker without one ----------------------------------------------------------------------------------

@@ -124,6 +124,8 @@ class CircuitOpenError(PyWorkflowError):
         retry_after: Seconds of open time that are left; 0 in half-open, None when forced open.
     """
 
+    ask_again_s: float | None = None  # of a step that waits: when it is to ask again
+
     def __init__(
         self,
         message: str = "",

@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from pyworkflow_ray.resilience.breaker_settings import options_for
 from pyworkflow_ray.resilience.policy import RetryPolicy
 
 SCHEMA_VERSION = 1
@@ -146,6 +147,10 @@ class RunCreated(Event):
     kinds: dict[str, Kind] = Field(default_factory=dict)  # registered exception types, by "module:qualname"
     hooks: dict[str, list[CodeRef]] = Field(default_factory=dict)  # functions to be told: "retry", "run_failed", ...
     rerun_of: str | None = None  # the run whose workflow and arguments these are
+
+    def breaker_options(self, name: str | None) -> dict[str, Any] | None:
+        """The settings of a breaker, or of the one that it is a key of, as the run's starter knew them."""
+        return options_for(self.breakers, name)
 
 
 class RunActivated(Event):

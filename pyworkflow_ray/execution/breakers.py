@@ -1,266 +1,75 @@
-"""Circuit breakers in this process: the names declared here, guarded calls, and a breaker that needs no cluster.
+"""Circuit breakers in this process: the names declared here, their keys, and a step's way to its breaker.
 
-Called by the public `CircuitBreaker`, by `runtime.breaker_link` (a cluster's breaker, seen from a process) and by the
-attempt loop through `CircuitGuard`. Calls `resilience.breaker`.
+Called by the public `CircuitBreaker`, by `runtime.breaker_actor` and by the attempt loop through `CircuitGuard`. Calls
+`local_breaker` and `permits`.
 
-Faults: a call can end in any way, by a BaseException as well, and its waiting for the breaker can be interrupted by
-one; the end is always told before it is waited for. A guarded call that is never ended keeps a permit for ever in
-process, and for a lease in a cluster.
+Faults: code declares one name with two settings, which is an error; it makes ever new keys, of which only those that
+say something are kept.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 import threading
-import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pyworkflow_ray.durations import format_duration
-from pyworkflow_ray.errors import CircuitOpenError, ConfigurationError
-from pyworkflow_ray.resilience.breaker import (
-    Breaker,
-    BreakerEvent,
-    BreakerSettings,
-    BreakerState,
-    View,
-    error_text,
-    event_of,
-)
-from pyworkflow_ray.resilience.taxonomy import classify
+from pyworkflow_ray.errors import CircuitOpenError, ConfigurationError, RetryBudgetExhausted
+from pyworkflow_ray.execution.local_breaker import LocalCircuit
+from pyworkflow_ray.execution.permits import _HELD, Circuit, Permit, StateChange, held, listen, refusal, riding
+from pyworkflow_ray.resilience.breaker import BreakerSettings, BreakerState, Counts, View
+from pyworkflow_ray.resilience.breaker_settings import full_name, split_name
+from pyworkflow_ray.resilience.mirror import Asker
+
+__all__ = [
+    "_HELD",
+    "Circuit",
+    "CircuitGuard",
+    "Declared",
+    "LocalCircuit",
+    "Named",
+    "Permit",
+    "StateChange",
+    "View",
+    "conflict_error",
+    "counting",
+    "declare",
+    "declare_later",
+    "declared",
+    "declared_settings",
+    "end_apart",
+    "held",
+    "keep_apart",
+    "kept_apart",
+    "listen",
+    "refusal",
+    "riding",
+]
 
 log = logging.getLogger("pyworkflow_ray.breaker")
 
-_HELD: ContextVar[tuple[Permit, ...]] = ContextVar("pyworkflow_ray_held_permits", default=())
-_MAX_CHAIN = 100  # an exception's chain is followed so far
-
-
-class Circuit(Protocol):
-    """A breaker as a process sees it: in process (`LocalCircuit`) or of the cluster (`runtime.breaker_link.Link`)."""
-
-    name: str
-
-    def enter(self, news: int = 0) -> Permit:
-        """Let a call through, or raise CircuitOpenError. May wait for the cluster, never for another call."""
-        ...
-
-    async def enter_async(self, news: int = 0) -> Permit: ...
-
-    def tell(self, permit: Permit, event: BreakerEvent, error: str) -> Future[None] | None:
-        """A call ended. None: that is all; else a future that is done once the breaker has counted it."""
-        ...
-
-    def wait(self, told: Future[None]) -> None: ...
-
-    async def wait_async(self, told: Future[None]) -> None: ...
-
-    def look(self) -> View:
-        """The state now, asked of whoever holds it."""
-        ...
-
-    def known(self) -> View:
-        """The state as far as this process knows, without asking."""
-        ...
-
-
-class Permit:
-    """One guarded call, from its admission to its end. Ended once; later ends are ignored.
-
-    Of calls of one breaker within one another, a probe's inner calls ride on its permit (or they would wait for
-    themselves), and a failure that an inner call has counted is not counted again by the call around it.
-    """
-
-    __slots__ = ("_circuit", "_counted", "_ended", "_outer", "_rides", "generation", "number")
-
-    def __init__(self, circuit: Circuit, generation: int | None, number: int | None, *, rides: bool = False) -> None:
-        self.generation = generation
-        self.number = number
-        self._circuit = circuit
-        self._rides = rides
-        self._ended = False
-        self._counted: BaseException | None = None
-        self._outer = held(circuit.name)
-        _HELD.set((*_HELD.get(), self))
-
-    @property
-    def name(self) -> str:
-        return self._circuit.name
-
-    @property
-    def probes(self) -> bool:
-        """Whether the call was let through to try out a service that was cut off."""
-        return self.number is not None or self._rides
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
-
-    def success(self) -> None:
-        self._wait(self._end(BreakerEvent.SUCCESS))
-
-    def failure(self, kind: str, error: BaseException) -> None:
-        """The call ended with `error`, of `kind` in the taxonomy; returns once the breaker has counted it."""
-        self._wait(self._fail(kind, error))
-
-    def release(self) -> None:
-        """The call was cancelled: it counts for nothing."""
-        self._wait(self._end(BreakerEvent.RELEASE))
-
-    def finish(self, error: BaseException | None) -> None:
-        """Success where `error` is None, else failure of the kind that the taxonomy gives."""
-        self._wait(self._finish(error))
-
-    async def finish_async(self, error: BaseException | None) -> None:
-        told = self._finish(error)
-        if told is not None:
-            await self._circuit.wait_async(told)
-
-    def _finish(self, error: BaseException | None) -> Future[None] | None:
-        if error is None:
-            return self._end(BreakerEvent.SUCCESS)
-        return self._fail(classify(error), error)
-
-    def _fail(self, kind: str, error: BaseException) -> Future[None] | None:
-        event = event_of(kind, error)
-        if event is BreakerEvent.FAILURE and not self.probes:
-            if self._counted is not None and _in_chain(self._counted, error):
-                event = BreakerEvent.RELEASE
-            outer = self._outer
-            while outer is not None:
-                outer._counted = error
-                outer = outer._outer
-        return self._end(event, error_text(error))
-
-    def _end(self, event: BreakerEvent, error: str = "") -> Future[None] | None:
-        if self._ended:
-            return None
-        self._ended = True
-        _HELD.set(tuple(permit for permit in _HELD.get() if permit is not self))
-        return None if self._rides else self._circuit.tell(self, event, error)
-
-    def _wait(self, told: Future[None] | None) -> None:
-        if told is not None:
-            self._circuit.wait(told)
-
-
-def held(name: str) -> Permit | None:
-    """The innermost guarded call of breaker `name` that the running code is in."""
-    for permit in reversed(_HELD.get()):
-        if not permit.ended and permit.name == name:
-            return permit
-    return None
-
-
-def riding(circuit: Circuit) -> Permit | None:
-    """A permit that rides on the probe which the running code is in; None outside one."""
-    outer = held(circuit.name)
-    if outer is not None and outer.probes:
-        return Permit(circuit, outer.generation, None, rides=True)
-    return None
-
-
-def _in_chain(wanted: BaseException, error: BaseException | None) -> bool:
-    for _ in range(_MAX_CHAIN):
-        if error is None or error is wanted:
-            break
-        error = error.__cause__ or error.__context__
-    return error is wanted
-
-
-def refusal(name: str, view: View, open_for_s: float) -> CircuitOpenError:
-    """The error of a refused call, made once, at the user's border."""
-    why = f": {view.reason}" if view.reason else ""
-    if view.state is BreakerState.OPEN:
-        then = f"; a call may try again in {format_duration(open_for_s)}" if open_for_s > 0 else ""
-    else:
-        then = "; another call is trying the service out"
-    return CircuitOpenError(
-        f"circuit breaker {name!r} is {view.state.value}{why}{then}",
-        name=name,
-        reason=view.reason,
-        retry_after=max(0.0, open_for_s),
-    )
-
-
-def log_opened(name: str, view: View) -> None:
-    """The one line about a breaker that opened; refusals are counted, not logged."""
-    log.critical(
-        "circuit breaker %r opened: %s; calls are refused for %s", name, view.reason, format_duration(view.open_for_s)
-    )
-
-
-class LocalCircuit:
-    """A breaker that lives in this process alone. Safe for threads; nothing of a user's runs under its lock."""
-
-    def __init__(self, name: str, settings: BreakerSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.name = name
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._breaker = Breaker(settings, lease_s=None)
-
-    def enter(self, news: int = 0) -> Permit:
-        permit = riding(self)
-        if permit is not None:
-            return permit
-        # Closed needs no lock. The generation is read first: if the state changes in between, the call is a late one.
-        generation = self._breaker.generation
-        if self._breaker.state is BreakerState.CLOSED:
-            return Permit(self, generation, None)
-        with self._lock:
-            now = self._clock()
-            answer = self._breaker.ask(now)
-            view = None if answer.admitted else self._breaker.view(now)
-        if view is not None:
-            raise refusal(self.name, view, view.open_for_s)
-        return Permit(self, answer.generation, answer.permit)
-
-    async def enter_async(self, news: int = 0) -> Permit:
-        return self.enter(news)
-
-    def tell(self, permit: Permit, event: BreakerEvent, error: str) -> Future[None] | None:
-        assert permit.generation is not None
-        changes = event is BreakerEvent.FAILURE or (event is BreakerEvent.SUCCESS and self._breaker.failures > 0)
-        if permit.number is None and not changes:
-            return None
-        with self._lock:
-            was, now = self._breaker.state, self._clock()
-            self._breaker.ended(event, now, generation=permit.generation, permit=permit.number, error=error)
-            opened = was is BreakerState.CLOSED and self._breaker.state is BreakerState.OPEN
-            view = self._breaker.view(now) if opened else None
-        if view is not None:
-            log_opened(self.name, view)
-        return None
-
-    def wait(self, told: Future[None]) -> None:
-        raise AssertionError("a breaker in process has nothing to wait for")
-
-    async def wait_async(self, told: Future[None]) -> None:
-        self.wait(told)
-
-    def look(self) -> View:
-        with self._lock:
-            return self._breaker.view(self._clock())
-
-    known = look
+MAX_KEYS = 10_000  # of idle ones no more are kept
 
 
 class CircuitGuard:
     """The breaker of a step's attempts: what the attempt loop knows of breakers (protocol `Guard`).
 
-    news: the newest version of the breaker that the step's run has heard of.
+    news: the newest version of the breaker that the step's run has heard of. who: the step call, among those who wait.
     """
 
-    def __init__(self, circuit: Circuit, news: int = 0) -> None:
+    def __init__(self, circuit: Circuit, news: int = 0, who: str = "") -> None:
         self._circuit = circuit
         self._news = news
+        self._who = who
 
     @property
     def name(self) -> str:
-        return self._circuit.name
+        return self._circuit.full
 
     @property
     def state(self) -> BreakerState:
@@ -272,16 +81,19 @@ class CircuitGuard:
         """What the run has heard of the breaker by now: returned with the outcome, and carried by its next dispatch."""
         return max(self._news, self._circuit.known().heard)
 
-    def acquire(self) -> Permit:
-        """Let an attempt through.
+    def acquire(self, waited_s: float | None = None) -> Permit:
+        """Let an attempt through. waited_s: for how long a step that waits has waited; None: it does not.
 
         Raises:
             CircuitOpenError: the breaker refused it.
         """
-        return self._circuit.enter(self._news)
+        return self._circuit.enter(self._news, self._asker(waited_s))
 
-    async def acquire_async(self) -> Permit:
-        return await self._circuit.enter_async(self._news)
+    async def acquire_async(self, waited_s: float | None = None) -> Permit:
+        return await self._circuit.enter_async(self._news, self._asker(waited_s))
+
+    def _asker(self, waited_s: float | None) -> Asker | None:
+        return None if waited_s is None else Asker(self._who or f"{id(self)}", waited_s)
 
 
 # The names declared in this process -------------------------------------------------------------------------------
@@ -289,9 +101,12 @@ class CircuitGuard:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
+    """name: with its key, where it is a key of a breaker."""
+
     name: str
     settings: BreakerSettings
     local: LocalCircuit
+    counts: Counts | None = None
 
 
 class Named(Protocol):
@@ -302,24 +117,92 @@ class Named(Protocol):
 
 
 _DECLARED: dict[str, Declared] = {}
+_KEYS: OrderedDict[str, Declared] = OrderedDict()  # the latest used last
 _DECLARED_LOCK = threading.Lock()
 _UNNAMED: weakref.WeakSet[Any] = weakref.WeakSet()  # objects whose name is not yet looked up
 
 
-def declare(name: str, settings: BreakerSettings) -> Declared:
+def declare(name: str, settings: BreakerSettings, counts: Counts | None = None) -> Declared:
     """The breaker of this name in this process, made at its first declaration.
 
+    Args:
+        counts: What `settings.counts` names; None: it is looked for under its names.
+
     Raises:
-        ConfigurationError: it is declared here with other settings.
+        ConfigurationError: it is declared here with other settings, or what counts for it can't be found here.
     """
+    base, key = split_name(name)
     with _DECLARED_LOCK:
-        found = _DECLARED.get(name)
+        found = _DECLARED.get(base)
         if found is None:
-            found = _DECLARED[name] = Declared(name, settings, LocalCircuit(name, settings))
+            counts = _counts_named(base, settings.counts) if counts is None else counts
+            found = _DECLARED[base] = Declared(base, settings, LocalCircuit(base, settings, counts=counts), counts)
     conflict = found.settings.conflict(settings)
     if conflict is not None:
-        raise conflict_error(name, conflict, "in this process")
-    return found
+        raise conflict_error(base, conflict, "in this process")
+    return found if key is None else _keyed(found, name)
+
+
+def _keyed(base: Declared, full: str) -> Declared:
+    with _DECLARED_LOCK:
+        found = _KEYS.get(full)
+        if found is None:
+            local = LocalCircuit(full, base.settings, counts=base.counts)
+            found = _KEYS[full] = Declared(full, base.settings, local, base.counts)
+            if len(_KEYS) > MAX_KEYS:
+                _drop_idle_keys()
+        _KEYS.move_to_end(full)
+        return found
+
+
+def _drop_idle_keys() -> None:
+    """Half of the idle keys, longest unused first; with the lock held."""
+    for full in [full for full, one in list(_KEYS.items())[: MAX_KEYS // 2] if one.local.idle]:
+        del _KEYS[full]
+
+
+def counting(value: object) -> tuple[Counts, str]:
+    """What `counts=` says, exception types or a predicate, as a function and as its name.
+
+    Of our own refusals only those count that a type names, or for which the predicate is true.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    types = value if isinstance(value, (tuple, list)) else (value,)
+    if types and all(isinstance(one, type) and issubclass(one, BaseException) for one in types):
+        wanted = tuple(types)
+        ours = tuple(t for t in wanted if issubclass(t, (CircuitOpenError, RetryBudgetExhausted)))
+
+        def counts(error: BaseException) -> bool:
+            refused = isinstance(error, (CircuitOpenError, RetryBudgetExhausted))
+            return isinstance(error, ours if refused else wanted)
+
+        return counts, ",".join(sorted(f"{one.__module__}:{one.__qualname__}" for one in wanted))
+    if callable(value) and not isinstance(value, type) and not inspect.iscoroutinefunction(value):
+        module, name = getattr(value, "__module__", ""), getattr(value, "__qualname__", type(value).__qualname__)
+        return value, f"{module}:{name}"
+    raise TypeError("allowed are exception types, or a function of the exception that says whether it counts")
+
+
+def _counts_named(name: str, text: str | None) -> Counts | None:
+    """What counts for a breaker of which this process only has the settings."""
+    if text is None:
+        return None
+    found = []
+    for one in text.split(","):
+        module, _, qualname = one.partition(":")
+        try:
+            value: Any = importlib.import_module(module)
+            for part in qualname.split("."):
+                value = getattr(value, part)
+            found.append(value)
+        except Exception as error:
+            raise ConfigurationError(
+                f"circuit breaker {name!r} has counts={text}, which can't be found in this process: give the step the "
+                "breaker object itself, or define what counts at the top of a module"
+            ) from error
+    return counting(tuple(found) if len(found) > 1 else found[0])[0]
 
 
 def declare_later(breaker: Named) -> None:
@@ -329,9 +212,11 @@ def declare_later(breaker: Named) -> None:
 
 def declared(name: str) -> Declared | None:
     """The breaker of this name, where this process has declared one."""
-    if name not in _DECLARED:
+    base, key = split_name(name)
+    if base not in _DECLARED:
         _name_the_unnamed()
-    return _DECLARED.get(name)
+    found = _DECLARED.get(base)
+    return found if found is None or key is None else _keyed(found, full_name(base, key))
 
 
 def declared_settings() -> dict[str, dict[str, Any]]:

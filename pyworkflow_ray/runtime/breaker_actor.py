@@ -11,10 +11,12 @@ that use it. A breaker that no living process knows begins closed.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from typing import Any
 
 import ray
@@ -23,52 +25,107 @@ from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.breakers import CircuitGuard, Declared, declare, declared
 from pyworkflow_ray.resilience.breaker import BreakerSettings, View
-from pyworkflow_ray.resilience.mirror import Message, Mirror, Reply, Truth
-from pyworkflow_ray.runtime.breaker_link import WAIT_S, Link, new_process_id, session_id
+from pyworkflow_ray.resilience.breaker_settings import split_name
+from pyworkflow_ray.resilience.mirror import Message, Mirror, Reply
+from pyworkflow_ray.resilience.truth import Truth
+from pyworkflow_ray.runtime.breaker_channel import KEY_IDLE_S, Channel, session_id
+from pyworkflow_ray.runtime.breaker_link import WAIT_S, Link, new_process_id
 
 NAMESPACE = "pyworkflow_ray"
 GATHER_S = 0.05  # counts travel to the processes at most so often; changes of state at once
 MAX_WATCHERS = 10_000  # calls that wait in the actor, one a process
 
 
+class _Cell:
+    """One key's truth."""
+
+    __slots__ = ("changed_at", "truth", "used_at")
+
+    def __init__(self, truth: Truth, now: float) -> None:
+        self.truth = truth
+        self.used_at = now
+        self.changed_at = 0  # in the count of the actor's changes
+
+
 class BreakerActor:
-    """The one holder of a breaker's state. All methods run on one event loop, so none needs a lock."""
+    """The one holder of a breaker's state and of its keys'. All methods run on one event loop: none needs a lock."""
 
     def __init__(self, name: str, options: dict[str, Any], lineage: str) -> None:
         self._name = name
-        self._truth = Truth(BreakerSettings.from_options(options), lineage)
+        self._settings = BreakerSettings.from_options(options)
+        self._lineage = lineage
+        self._incarnation = uuid.uuid4().hex
+        self._cells: OrderedDict[str | None, _Cell] = OrderedDict()  # the latest used last
+        self._changes = 0
+        self._urgent = 0  # the latest change of a state
         self._changed = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"breaker({self._name})"
 
-    async def exchange(self, message: Message) -> Reply:
+    async def exchange(self, messages: list[tuple[str | None, Message]]) -> list[Reply]:
         """Reports, renewals and questions of one process."""
-        before = self._truth.breaker.version
-        reply = self._truth.handle(message, time.monotonic())
-        if self._truth.breaker.version != before:
-            self._announce()
-        return reply
+        replies = []
+        for key, message in messages:
+            now = time.monotonic()
+            cell = self._cell(key, now)
+            before, generation = cell.truth.breaker.version, cell.truth.breaker.generation
+            replies.append(cell.truth.handle(message, now))
+            if cell.truth.breaker.version != before:
+                self._announce(cell, urgent=cell.truth.breaker.generation != generation)
+        self._drop_idle(time.monotonic())
+        return replies
 
-    async def watch(self, known: View, at_most_s: float) -> View:
-        """The state once it differs from what the caller knows, or after `at_most_s`."""
-        before = self._truth.breaker.version
-        self._truth.meet(known, time.monotonic())
-        if self._truth.breaker.version != before:
-            self._announce()
+    async def watch(
+        self, cursor: tuple[str, int] | None, at_most_s: float
+    ) -> tuple[tuple[str, int], list[tuple[str | None, View]]]:
+        """What has changed since `cursor`, once something has, or after `at_most_s`; and the cursor from then on."""
         until = time.monotonic() + at_most_s
-        while self._same(known) and time.monotonic() < until:
-            await self._wait_for_change(until)
-        gather_until = time.monotonic() + GATHER_S
-        while self._truth.breaker.generation == known.generation and time.monotonic() < gather_until:
-            await self._wait_for_change(gather_until)
-        return self._truth.view(time.monotonic())
+        since = cursor[1] if cursor is not None and cursor[0] == self._incarnation else None
+        if since is not None:
+            while self._changes == since and time.monotonic() < until:
+                await self._wait_for_change(until)
+            gather_until = time.monotonic() + GATHER_S
+            while self._urgent <= since and time.monotonic() < gather_until:
+                await self._wait_for_change(gather_until)
+        now = time.monotonic()
+        new = [
+            (key, cell.truth.view(now))
+            for key, cell in self._cells.items()
+            if (cell.changed_at > since if since is not None else not cell.truth.idle)
+        ]
+        return (self._incarnation, self._changes), new
+
+    async def snapshot(self) -> list[tuple[str | None, View]]:
+        """The breaker, and all keys of which there is something to say."""
+        now = time.monotonic()
+        return [(key, cell.truth.view(now)) for key, cell in self._cells.items() if key is None or not cell.truth.idle]
+
+    async def keys_held(self) -> int:
+        return len(self._cells)
 
     async def settings(self) -> dict[str, Any]:
-        return self._truth.breaker.settings.as_options()
+        return self._settings.as_options()
 
-    def _same(self, known: View) -> bool:
-        return self._truth.lineage == known.lineage and self._truth.breaker.version == known.version
+    def _cell(self, key: str | None, now: float) -> _Cell:
+        cell = self._cells.get(key)
+        if cell is None:
+            cell = self._cells[key] = _Cell(Truth(self._settings, self._lineage), now)
+        cell.used_at = now
+        self._cells.move_to_end(key)
+        return cell
+
+    def _drop_idle(self, now: float) -> None:
+        """Forget keys that say nothing and were not used for a while: a few an exchange, the longest unused first."""
+        for key in list(itertools.islice(self._cells, 4)):
+            cell = self._cells[key]
+            if now - cell.used_at < KEY_IDLE_S:
+                break
+            if key is not None and cell.truth.idle:
+                del self._cells[key]
+            else:
+                cell.used_at = now
+                self._cells.move_to_end(key)
 
     async def _wait_for_change(self, until: float) -> None:
         try:
@@ -76,7 +133,11 @@ class BreakerActor:
         except TimeoutError:
             return
 
-    def _announce(self) -> None:
+    def _announce(self, cell: _Cell, *, urgent: bool) -> None:
+        self._changes += 1
+        cell.changed_at = self._changes
+        if urgent:
+            self._urgent = self._changes
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -92,7 +153,7 @@ def _find(name: str) -> Any | None:
         return None
 
 
-def _make(name: str, mirror: Mirror) -> Any:
+def _make(name: str, settings: BreakerSettings, lineage: str) -> Any:
     return (
         ray.remote(BreakerActor)
         .options(
@@ -106,32 +167,50 @@ def _make(name: str, mirror: Mirror) -> Any:
             max_concurrency=MAX_WATCHERS,
             enable_task_events=False,
         )
-        .remote(name, mirror.settings.as_options(), mirror.known.view.lineage or uuid.uuid4().hex)
+        .remote(name, settings.as_options(), lineage or uuid.uuid4().hex)
     )
 
 
-_LINKS: dict[str, Link] = {}
+_LINKS: dict[str, Link] = {}  # by full name
+_CHANNELS: dict[str, Channel] = {}
 _LINKS_LOCK = threading.Lock()
 
 
 def link_for(declaration: Declared) -> Link:
     """This process's link to the cluster's breaker of this name, made at first use. Ray must be initialised."""
-    name = declaration.name
-    link = _LINKS.get(name)
+    full = declaration.name
+    link = _LINKS.get(full)
     if link is not None and link.serves():
         return link
     with _LINKS_LOCK:
-        link = _LINKS.get(name)
-        if link is not None:
-            if link.serves():
-                return link
-            link.close()
+        link = _LINKS.get(full)
+        if link is not None and link.serves():
+            return link
+        channel = _channel(declaration)
+        for other in [other for other, one in _LINKS.items() if one.retired]:
+            del _LINKS[other]
         local = declaration.local.look()
-        seed = local if local.version else None
-        mirror = Mirror(new_process_id(), declaration.settings, seed=seed, now=time.monotonic())
-        link = Link(name, mirror, lambda: _find(name), lambda mirror: _make(name, mirror), session_id() or "")
-        _LINKS[name] = link
+        mirror = Mirror(
+            new_process_id(),
+            declaration.settings,
+            seed=local if local.version else None,
+            now=time.monotonic(),
+            node=ray.get_runtime_context().get_node_id(),
+        )
+        link = _LINKS[full] = Link(full, mirror, channel, declaration.counts)
         return link
+
+
+def _channel(declaration: Declared) -> Channel:
+    name, settings = split_name(declaration.name)[0], declaration.settings
+    channel = _CHANNELS.get(name)
+    if channel is not None and not channel.closed and channel.session_lives():
+        return channel
+    if channel is not None:
+        channel.close()
+    channel = Channel(name, lambda: _find(name), lambda lineage: _make(name, settings, lineage), session_id() or "")
+    _CHANNELS[name] = channel
+    return channel
 
 
 def guard_for(call: StepCall) -> CircuitGuard | None:
@@ -151,7 +230,7 @@ def guard_for(call: StepCall) -> CircuitGuard | None:
     if here is None:
         options = call.breaker_settings or settings_of(call.breaker)
         here = declare(call.breaker, BreakerSettings.from_options(options))
-    return CircuitGuard(link_for(here), call.breaker_generation)
+    return CircuitGuard(link_for(here), call.breaker_generation, f"{call.run_uid}:{call.position}")
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -163,7 +242,7 @@ def settings_of(name: str) -> dict[str, Any]:
     here = declared(name)
     if here is not None:
         return here.settings.as_options()
-    actor = _find(name)
+    actor = _find(split_name(name)[0])
     if actor is not None:
         options: dict[str, Any] = ray.get(actor.settings.remote(), timeout=WAIT_S)
         return options
@@ -176,6 +255,7 @@ def settings_of(name: str) -> dict[str, Any]:
 def _forget_links() -> None:
     global _LINKS_LOCK
     _LINKS.clear()
+    _CHANNELS.clear()
     _LINKS_LOCK = threading.Lock()
 
 

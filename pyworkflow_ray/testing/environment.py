@@ -365,12 +365,12 @@ class WorkflowEnv:
                     "import the module that makes it, or make one"
                 )
             found = declare(call.breaker, BreakerSettings.from_options(call.breaker_settings))
-        return CircuitGuard(self._circuit(found), call.breaker_generation)
+        return CircuitGuard(self._circuit(found), call.breaker_generation, f"{call.run_uid}:{call.position}")
 
     def _circuit(self, found: Declared) -> Circuit:
         circuit = self._circuits.get(found.name)
         if circuit is None:
-            circuit = LocalCircuit(found.name, found.settings, clock=self.clock)
+            circuit = LocalCircuit(found.name, found.settings, clock=self.clock, counts=found.counts)
             self._circuits[found.name] = circuit
         return circuit
 

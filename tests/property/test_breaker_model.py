@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from pyworkflow_ray.resilience.breaker import Answer, Breaker, BreakerEvent, BreakerSettings, BreakerState
-from pyworkflow_ray.resilience.mirror import Message, Mirror, Reply, Report, Truth
+from pyworkflow_ray.resilience.mirror import Asker, Message, Mirror, Reply, Report
+from pyworkflow_ray.resilience.truth import Truth
 
 ENDS = st.sampled_from([BreakerEvent.SUCCESS, BreakerEvent.FAILURE, BreakerEvent.ANSWERED, BreakerEvent.RELEASE])
 
@@ -190,7 +191,8 @@ class MirrorsOfOneBreaker(RuleBasedStateMachine):
             return
         if event is BreakerEvent.SUCCESS and not told and self.oracle.failures:
             return  # the mirror had not heard of another process's failures yet: this success is not told
-        self.oracle.ended(event, self.cluster.now, generation=answer.generation, permit=self.oracle.permit)
+        permit = next(iter(self.oracle.permits), None)
+        self.oracle.ended(event, self.cluster.now, generation=answer.generation, permit=permit)
 
     @rule(n=st.integers(0, 2))
     def push(self, n: int) -> None:
@@ -330,14 +332,14 @@ def test_what_a_process_counted_before_there_was_a_cluster_is_taken_over_by_an_u
 def test_other_settings_are_a_conflict_and_do_nothing() -> None:
     truth = Truth(BreakerSettings(5, 60.0), "lineage")
     reply = truth.handle(
-        Message("p", 1, BreakerSettings(3, 60.0), reports=(Report(BreakerEvent.FAILURE, 0),), asks=1), 0.0
+        Message("p", 1, BreakerSettings(3, 60.0), reports=(Report(BreakerEvent.FAILURE, 0),), asks=(Asker(),)), 0.0
     )
     assert reply == Reply(truth.view(0.0), (), ("failure_threshold", 5, 3))
     assert truth.view(0.0).failures == 0
 
 
 def test_the_truth_remembers_a_bounded_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyworkflow_ray.resilience.mirror.MAX_REMEMBERED_PROCESSES", 10)
+    monkeypatch.setattr("pyworkflow_ray.resilience.truth.MAX_REMEMBERED_PROCESSES", 10)
     truth = Truth(BreakerSettings(), "lineage")
     for n in range(100):
         truth.handle(Message(f"p{n}", 1, BreakerSettings()), 0.0)

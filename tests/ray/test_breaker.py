@@ -22,6 +22,7 @@ from pyworkflow_ray.resilience.breaker import BreakerEvent, BreakerSettings
 from pyworkflow_ray.resilience.mirror import Mirror
 from pyworkflow_ray.resilience.policy import RetryPolicy
 from pyworkflow_ray.runtime.breaker_actor import _LINKS, NAMESPACE, _make, actor_name, guard_for, settings_of
+from pyworkflow_ray.runtime.breaker_channel import Channel
 from pyworkflow_ray.runtime.breaker_link import Link, new_process_id, session_id
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -264,11 +265,11 @@ def test_closed_calls_pass_and_failures_wait_while_the_actor_is_made() -> None:
     go_on, name = threading.Event(), f"test-{uuid.uuid4().hex}"
     mirror = Mirror(new_process_id(), BreakerSettings(2, 600.0))
 
-    def make(mirror: Mirror) -> Any:
+    def make(lineage: str) -> Any:
         go_on.wait()
-        return _make(name, mirror)
+        return _make(name, mirror.settings, lineage)
 
-    link = Link(name, mirror, lambda: None, make, session_id() or "")
+    link = Link(name, mirror, Channel(name, lambda: None, make, session_id() or ""))
     for _ in range(3):
         link.enter().success()
     permit = link.enter()

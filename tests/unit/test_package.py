@@ -11,7 +11,6 @@ import pyworkflow_ray as pw
 
 LATER = [
     "health",
-    "on_breaker_open",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from typing import Any
@@ -24,6 +25,7 @@ from pyworkflow_ray.resilience.breaker import (
 )
 
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+FORCED_OPEN, FORCED_CLOSED = BreakerState.FORCED_OPEN, BreakerState.FORCED_CLOSED
 E = BreakerEvent
 ENDS = (E.SUCCESS, E.FAILURE, E.ANSWERED, E.RELEASE)
 
@@ -32,6 +34,9 @@ def breaker_in(state: BreakerState, *, threshold: int = 3, recovery_timeout: flo
     """A breaker brought to `state` by time 0 (open since 0, its probe let through at 0)."""
     breaker = Breaker(BreakerSettings(threshold, recovery_timeout))
     if state is CLOSED:
+        return breaker
+    if state in (FORCED_OPEN, FORCED_CLOSED):
+        breaker.force(E.FORCE_OPEN if state is FORCED_OPEN else E.FORCE_CLOSED, 0.0)
         return breaker
     opened_at = 0.0 if state is OPEN else -recovery_timeout
     for _ in range(threshold):
@@ -42,8 +47,14 @@ def breaker_in(state: BreakerState, *, threshold: int = 3, recovery_timeout: flo
     return breaker
 
 
+def permit_of(breaker: Breaker) -> int | None:
+    """The one that is out."""
+    return next(iter(breaker.permits), None)
+
+
 def everything(breaker: Breaker) -> dict[str, Any]:
-    return dict(vars(breaker))
+    """All that it remembers, copied."""
+    return copy.deepcopy({**vars(breaker), "window": breaker.window.rates()})
 
 
 # What each pair does: (state, event) -> state after it, written out by hand; a pair that is missing is illegal.
@@ -60,6 +71,15 @@ EXPECTED = {
     (HALF_OPEN, E.FAILURE): OPEN,
     (HALF_OPEN, E.RELEASE): HALF_OPEN,
     (HALF_OPEN, E.EXPIRE): OPEN,
+    (FORCED_OPEN, E.ASK): FORCED_OPEN,
+    (FORCED_CLOSED, E.ASK): FORCED_CLOSED,
+    (FORCED_CLOSED, E.SUCCESS): FORCED_CLOSED,
+    (FORCED_CLOSED, E.FAILURE): FORCED_CLOSED,
+    (FORCED_CLOSED, E.ANSWERED): FORCED_CLOSED,
+    (FORCED_CLOSED, E.RELEASE): FORCED_CLOSED,
+    **{(state, E.FORCE_OPEN): FORCED_OPEN for state in BreakerState},
+    **{(state, E.FORCE_CLOSED): FORCED_CLOSED for state in BreakerState},
+    **{(state, E.RESET): CLOSED for state in BreakerState},
 }
 
 
@@ -121,7 +141,7 @@ def test_a_call_ends_with_the_end_of_a_call(event: BreakerEvent) -> None:
     breaker = breaker_in(HALF_OPEN)
     before = everything(breaker)
     with pytest.raises(IllegalBreakerEvent):
-        breaker.ended(event, 1.0, generation=breaker.generation, permit=breaker.permit)
+        breaker.ended(event, 1.0, generation=breaker.generation, permit=permit_of(breaker))
     assert everything(breaker) == before
 
 
@@ -164,7 +184,7 @@ def test_case_7_a_late_result_neither_closes_nor_trips_again() -> None:
     for end in ENDS:
         assert breaker.ended(end, 1.0, generation=0) is False
     assert everything(breaker) == before
-    breaker.ended(E.SUCCESS, 2.0, generation=breaker.generation, permit=breaker.permit)
+    breaker.ended(E.SUCCESS, 2.0, generation=breaker.generation, permit=permit_of(breaker))
     assert breaker.state is CLOSED
     for generation in range(breaker.generation):
         for _ in range(10):
@@ -213,7 +233,7 @@ def test_looking_is_not_asking() -> None:
 
 def test_a_failed_probe_opens_it_for_the_whole_recovery_timeout() -> None:
     breaker = breaker_in(HALF_OPEN)
-    breaker.ended(E.FAILURE, 5.0, generation=breaker.generation, permit=breaker.permit, error="TimeoutError")
+    breaker.ended(E.FAILURE, 5.0, generation=breaker.generation, permit=permit_of(breaker), error="TimeoutError")
     assert breaker.state is OPEN
     assert breaker.retry_after(5.0) == 60.0
     assert breaker.view(5.0).reason == "the call that probed failed: TimeoutError"
@@ -221,13 +241,13 @@ def test_a_failed_probe_opens_it_for_the_whole_recovery_timeout() -> None:
 
 def test_a_permanent_error_ends_the_probe_as_a_success() -> None:
     breaker = breaker_in(HALF_OPEN)
-    breaker.ended(E.ANSWERED, 1.0, generation=breaker.generation, permit=breaker.permit)
+    breaker.ended(E.ANSWERED, 1.0, generation=breaker.generation, permit=permit_of(breaker))
     assert (breaker.state, breaker.failures) == (CLOSED, 0)
 
 
 def test_a_cancelled_probe_gives_its_permit_back() -> None:
     breaker = breaker_in(HALF_OPEN)
-    first = breaker.permit
+    first = permit_of(breaker)
     breaker.ended(E.RELEASE, 1.0, generation=breaker.generation, permit=first)
     assert breaker.state is HALF_OPEN
     again = breaker.ask(1.0)
@@ -237,7 +257,7 @@ def test_a_cancelled_probe_gives_its_permit_back() -> None:
 
 def test_a_lease_that_is_not_renewed_counts_as_a_failure_from_its_end_on() -> None:
     breaker = breaker_in(HALF_OPEN)
-    permit, generation = breaker.permit, breaker.generation
+    permit, generation = permit_of(breaker), breaker.generation
     assert breaker.view(PERMIT_LEASE_S - 0.001).state is HALF_OPEN
     assert breaker.view(PERMIT_LEASE_S + 7).state is OPEN
     assert breaker.retry_after(PERMIT_LEASE_S + 7) == 60.0 - 7
@@ -248,7 +268,7 @@ def test_a_lease_that_is_not_renewed_counts_as_a_failure_from_its_end_on() -> No
 
 def test_a_hanging_probe_that_renews_keeps_its_one_permit() -> None:
     breaker = breaker_in(HALF_OPEN)
-    permit = breaker.permit
+    permit = permit_of(breaker)
     assert permit is not None
     for n in range(1, 100):
         assert breaker.renew(permit, n * PERMIT_LEASE_S / 3)
@@ -288,7 +308,10 @@ def test_settings_travel_as_options_and_name_what_differs() -> None:
     assert BreakerSettings.from_options(settings.as_options()) == settings
     assert settings.conflict(BreakerSettings(7, 2.5)) is None
     assert settings.conflict(BreakerSettings(7, 3.0)) == ("recovery_timeout", 2.5, 3.0)
-    assert [field.name for field in dataclasses.fields(settings)] == ["failure_threshold", "recovery_timeout"]
+    every = BreakerSettings(7, 2.5, 0.5, 1.5, 0.25, 20, 30.0, 2, 3, 4, 60.0, 2.0, 10.0, "builtins:OSError")
+    assert len(every.as_options()) == len(dataclasses.fields(settings))
+    assert BreakerSettings.from_options(every.as_options()) == every
+    assert BreakerSettings(window=30).as_options()["window"] == 30
 
 
 # What an error is for a breaker -------------------------------------------------------------------------------------

@@ -1,0 +1,134 @@
+"""A breaker that lives in this process alone: where Ray is not initialised, and in the test environment.
+
+Called by guarded calls through the protocol `permits.Circuit`; calls the state machine. Safe for threads; nothing of a
+user's runs under its lock: listeners and hooks are told after it is released, in the thread that made the change.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from pyworkflow_ray.execution.permits import Permit, changed, listened, opened, refusal, riding
+from pyworkflow_ray.resilience.breaker import Answer, Breaker, BreakerEvent, BreakerSettings, BreakerState, Counts, View
+from pyworkflow_ray.resilience.breaker_settings import split_name
+from pyworkflow_ray.resilience.mirror import Asker
+from pyworkflow_ray.resilience.waiters import Waiters
+
+
+class LocalCircuit:
+    """One breaker of this process (protocol `Circuit`). One process is one node: `min_nodes` is met by any failure."""
+
+    def __init__(
+        self,
+        full: str,
+        settings: BreakerSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        counts: Counts | None = None,
+    ) -> None:
+        self.full = full
+        self.name, self.key = split_name(full)
+        self.counts = counts
+        self.clock = clock
+        self._lock = threading.Lock()
+        self._breaker = Breaker(_of_one_node(settings), lease_s=None)
+        self._waiters = Waiters()
+        self._free = True  # closed, without a ramp: read without the lock
+
+    @property
+    def slow_s(self) -> float | None:
+        return self._breaker.settings.slow_call_duration
+
+    @property
+    def idle(self) -> bool:
+        return self._breaker.idle and not self._waiters and self._free
+
+    def enter(self, news: int = 0, waits: Asker | None = None) -> Permit:
+        permit = riding(self)
+        if permit is not None:
+            return permit
+        # Closed needs no lock. The generation is read first: if the state changes in between, the call is a late one.
+        generation = self._breaker.generation
+        if self._free and waits is None:
+            return Permit(self, generation, None)
+
+        def ask(now: float) -> Answer:
+            answer = self._breaker.ask(now)
+            if waits is not None:
+                answer = self._waiters.answered(waits.who, waits.waited_s, answer, self._breaker, now)
+            return answer
+
+        answer, view = self._change(ask)
+        if not answer.admitted:
+            rest = answer.retry_after_s if view.ramp is not None else view.open_for_s
+            raise refusal(self, view, rest, None if waits is None else answer.retry_after_s)
+        return Permit(self, answer.generation, answer.permit)
+
+    async def enter_async(self, news: int = 0, waits: Asker | None = None) -> Permit:
+        return self.enter(news, waits)
+
+    def tell(self, permit: Permit, event: BreakerEvent, error: str, slow: bool = False) -> Future[None] | None:
+        generation, breaker = permit.generation, self._breaker
+        assert generation is not None
+        if permit.number is None and not slow and event is not BreakerEvent.FAILURE:
+            counted = event is BreakerEvent.SUCCESS and (breaker.failures > 0 or breaker.settings.windowed)
+            if not counted or breaker.state is BreakerState.FORCED_CLOSED:
+                return None
+        self._change(
+            lambda now: breaker.ended(event, now, generation=generation, permit=permit.number, error=error, slow=slow)
+        )
+        return None
+
+    def wait(self, told: Future[None]) -> None:
+        raise AssertionError("a breaker in process has nothing to wait for")
+
+    async def wait_async(self, told: Future[None]) -> None:
+        self.wait(told)
+
+    def look(self) -> View:
+        return self._change(lambda now: None)[1]
+
+    def known(self) -> View:
+        with self._lock:
+            return self._breaker.view(self.clock())
+
+    def force(self, event: BreakerEvent) -> None:
+        self._change(lambda now: self._breaker.force(event, now))
+
+    def configure(self, changes: dict[str, Any]) -> None:
+        changes.pop("min_nodes", None)
+        self._change(lambda now: self._breaker.configure(changes, now))
+
+    def adopt(self, view: View, open_until: float | None) -> None:
+        """Begin with a state that was the cluster's; permits that are out there are not out here."""
+        now = self.clock()
+        rest = view.open_for_s if open_until is None else max(0.0, open_until - now)
+        state = BreakerState.OPEN if view.state is BreakerState.HALF_OPEN else view.state
+        began = replace(view, state=state, open_for_s=rest, permits=(), nodes=(), configured=None)
+        self._change(lambda now: self._breaker.adopt(began, now), quiet=True)
+
+    def _change(self, change: Callable[[float], Any], *, quiet: bool = False) -> tuple[Any, View]:
+        """Do it under the lock, then tell who listens."""
+        with self._lock:
+            now, was = self.clock(), self._breaker.state
+            try:
+                result = change(now)
+            finally:
+                view = self._breaker.view(now)
+                passes = view.state in (BreakerState.CLOSED, BreakerState.FORCED_CLOSED)
+                self._free = passes and view.ramp is None
+        if view.state is not was and not quiet:
+            if was is BreakerState.CLOSED and view.state is BreakerState.OPEN:
+                opened(self.name, self.key, view)
+            if listened(self.name):
+                changed(self.name, self.key, was, view)
+        return result, view
+
+
+def _of_one_node(settings: BreakerSettings) -> BreakerSettings:
+    return settings if settings.min_nodes == 1 else replace(settings, min_nodes=1)
