@@ -157,11 +157,16 @@ async def groups() -> list[str]:
     return names
 
 
+@pw.step
+async def long_after(s: float) -> None:
+    await asyncio.sleep(s)
+
+
 @behaviour("a timeout in the workflow ends its wait", expect="gave up")
 async def gives_up() -> str:
     try:
-        async with asyncio.timeout(0.2):
-            await after(30, "never")
+        async with asyncio.timeout(0.2):  # round a local step it would be seen when that returns
+            await long_after(30)
     except TimeoutError:
         return "gave up"
     return "?"
