@@ -52,6 +52,10 @@ class EnvRunHandle(RunHandle[R], Generic[R]):
         """A retry that the run waits for happens now."""
         self._owner.wake()
 
+    def pause(self) -> None:
+        """Pause it by hand, once what runs has ended; `await handle` then raises RunPausedError."""
+        self._owner.pause()
+
     def resume(self) -> EnvRunHandle[R]:
         """A paused run goes on, a failed one from its failed step; a run in another state stays as it is. Gives the
         handle itself: `await handle.resume()` waits for the end."""

@@ -20,6 +20,7 @@ class MemoryStore:
         self.completed: set[str] = set()  # positions of steps whose completion is durable
         self.scheduled: set[str] = set()  # positions of steps that are durably scheduled
         self._written: list[Event] = []  # appended, not durable yet
+        self._read: list[Event] = []  # durable ones that have been read; nobody changes an event that is durable
 
     def append(self, events: tuple[Event, ...]) -> int:
         """Take events in; gives the seq that `sync` will make durable."""
@@ -48,4 +49,5 @@ class MemoryStore:
 
     def events(self) -> list[Event]:
         """The accepted history."""
-        return [event_adapter.validate_json(line) for line in self.durable]
+        self._read += [event_adapter.validate_json(line) for line in self.durable[len(self._read) :]]
+        return list(self._read)

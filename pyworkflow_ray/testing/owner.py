@@ -96,6 +96,9 @@ class Owner:
     def wake(self) -> None:
         self._loop.call_soon(self._guarded, lambda: self._control("wake", lambda d: d.wake(self._now())))
 
+    def pause(self) -> None:
+        self._loop.call_soon(self._guarded, lambda: self._control("wake", lambda d: d.pause(self._now())))
+
     def resume(self) -> None:
         """A paused run goes on, a failed one from its failed step; others stay as they are.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyworkflow_ray.engine.loop import current_workflow
+from pyworkflow_ray.errors import StepLostError
 from pyworkflow_ray.step import step
 
 Program = list[Any]
@@ -39,7 +40,19 @@ def refuse(n: int) -> int:
     raise ValueError(f"refused {n}")
 
 
-LEAVES = ("add", "flaky", "refuse", "sleep", "branch")
+@step(max_recoveries=100_000, idempotent=False, max_retries=3, retry_delay=0.4)
+def charge(n: int, failures: int) -> int:
+    """n, after `failures` known failures; executed once where its outcome is unknown."""
+    raise NotImplementedError("simulated")
+
+
+@step(max_recoveries=100_000)
+def broken(n: int) -> int:
+    """Fails, and with it the run, until somebody mends it and resumes the run."""
+    raise NotImplementedError("simulated")
+
+
+LEAVES = ("add", "flaky", "refuse", "sleep", "branch", "charge")
 NODES = ("seq", "gather", "group", "wait", "completed", "long_timeout", "short_timeout", "cancel", "queue")
 
 
@@ -54,6 +67,7 @@ def generate(rng: random.Random, depth: int = 3, width: int = 3) -> Program:
             "refuse": ["refuse", n],
             "sleep": ["sleep", rng.choice([0, 0.01, 0.3, 5])],
             "branch": ["branch", n],
+            "charge": ["charge", n, rng.randint(0, 2)],
         }[leaf]
     node = rng.choice(NODES)
     if node in ("long_timeout", "short_timeout", "cancel"):
@@ -70,8 +84,12 @@ def expected(program: Program) -> int:
             return int(n)
         case ["refuse", n]:
             return -int(n)
-        case ["sleep", _] | ["short_timeout", _] | ["cancel", _]:
+        case ["sleep", _] | ["short_timeout", _] | ["cancel", _] | ["charge", _, _]:
             return 0
+        case ["broken", n]:
+            return int(n)
+        case ["stubborn", child, _] | ["tidy", child]:
+            return expected(child)
         case ["long_timeout", child]:
             return expected(child)
         case [_, children]:
@@ -109,6 +127,40 @@ async def _refuse(n: int) -> int:
         return await refuse(n)
     except ValueError:
         return -n
+
+
+async def _charge(n: int, failures: int) -> int:
+    """0, whether it was lost or not: which it was is left to chance."""
+    try:
+        return 0 * await charge(n, failures)
+    except StepLostError:
+        return 0
+
+
+async def _broken(n: int) -> int:
+    return await broken(n)
+
+
+async def _stubborn(child: Program, again: bool) -> int:
+    """Does not let itself be cancelled: it begins again, or does something else for ever."""
+    while True:
+        try:
+            return await interpret(child)
+        except asyncio.CancelledError:
+            while not again:
+                try:
+                    await asyncio.sleep(0.4)
+                except asyncio.CancelledError:
+                    await add(0)
+
+
+async def _tidy(child: Program) -> int:
+    """Cleans up behind itself, which takes a while."""
+    try:
+        return await interpret(child)
+    finally:
+        await asyncio.sleep(0.5)
+        await add(0)
 
 
 async def _sleep(seconds: float) -> int:
@@ -201,6 +253,10 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "add": _add,
     "flaky": _flaky,
     "refuse": _refuse,
+    "charge": _charge,
+    "broken": _broken,
+    "stubborn": _stubborn,
+    "tidy": _tidy,
     "sleep": _sleep,
     "branch": _branch,
     "seq": _seq,
@@ -220,6 +276,8 @@ class World:
 
     def __init__(self) -> None:
         self._failed: Counter[tuple[int, int]] = Counter()
+        self._refused: set[int] = set()
+        self._mended: set[int] = set()
 
     def steps(self) -> dict[str, Callable[..., Any]]:
         """The functions by registered name."""
@@ -227,7 +285,19 @@ class World:
             add.definition.name: add.fn,
             flaky.definition.name: self._flaky,
             refuse.definition.name: refuse.fn,
+            charge.definition.name: lambda n, failures: self._flaky(n + 1_000, failures) - 1_000,
+            broken.definition.name: self._broken,
         }
+
+    def mend(self) -> None:
+        """Somebody mends what has failed so far."""
+        self._mended |= self._refused
+
+    def _broken(self, n: int) -> int:
+        if n not in self._mended:
+            self._refused.add(n)
+            raise LookupError(f"broken {n}")
+        return n
 
     def _flaky(self, n: int, failures: int) -> int:
         if self._failed[n, failures] < failures:

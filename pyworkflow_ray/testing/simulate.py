@@ -12,9 +12,11 @@ import random
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
-from pyworkflow_ray.engine.events import RunCompleted
-from pyworkflow_ray.testing.programs import World, expected, generate, interpret, operators
+from pyworkflow_ray.engine.commands import Limits
+from pyworkflow_ray.engine.events import RunCancelled, RunCompleted
+from pyworkflow_ray.testing.programs import Program, World, expected, generate, interpret, operators
 from pyworkflow_ray.testing.simulator import Faults, Simulation, Simulator, check_invariants
 
 
@@ -25,12 +27,39 @@ def simulate(seed: int) -> tuple[Simulation, Counter[str]]:
         AssertionError: an invariant is broken or the result is wrong; the message has the command that repeats it.
     """
     rng = random.Random(seed)
-    program = ["seq", [generate(rng, depth=rng.randint(1, 3)), generate(rng, depth=1)]]
+    program: Program = ["seq", [generate(rng, depth=rng.randint(1, 3)), generate(rng, depth=1)]]
     faults = Faults(crash=rng.choice([0, 0.02, 0.1]), lost=rng.choice([0, 0.1]), duplicate=rng.choice([0, 0.2]))
-    simulation = Simulator(interpret, World().steps(), args=(program,), seed=seed, faults=faults).run()
+    faults = replace(faults, wake=rng.choice([0, 0, 0.02]))
+    world, limits, cancel_at = World(), Limits(), None
+    more = rng.random()
+    if more < 0.1:  # fails, is mended and resumed, beside whatever else goes on
+        where = rng.choice(["seq", "gather"])
+        program = [where, [program, ["broken", 7], ["gather", [generate(rng, depth=1), ["tidy", ["broken", 8]]]]]]
+    elif more < 0.2:
+        cancel_at = rng.uniform(0.0, 8.0)
+        program = ["stubborn", program, rng.random() < 0.5] if rng.random() < 0.5 else program
+    elif more < 0.28:
+        limits = Limits(max_events=rng.randint(60, 150))  # one activation must fit in it
     again = f"repeat it with: make sim SEED={seed}"
+    simulator = Simulator(
+        interpret,
+        world.steps(),
+        args=(program,),
+        seed=seed,
+        faults=faults,
+        limits=limits,
+        cancel_at=cancel_at,
+        mend=world.mend,
+    )
+    try:
+        simulation = simulator.run(max_events=5_000)
+    except Exception as error:
+        trace = "\n".join(simulator.result.trace[-12:])
+        raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}; {again}\n{trace}") from error
     check_invariants(simulation)
     ended = simulation.ended
+    if isinstance(ended, RunCancelled) and cancel_at is not None:
+        return simulation, operators(program)
     if not isinstance(ended, RunCompleted):
         raise AssertionError(f"seed {seed}: the run ended as {ended or simulation.paused}; {again}")
     if ended.result.data != expected(program):

@@ -6,7 +6,12 @@ strike, each counted in `Simulation.struck`:
 * crash: the owner dies at any moment; a prefix of its unacknowledged events survives; its workers die with it;
 * lost: a worker dies in mid-step (a charged recovery), before or after the step's effect;
 * duplicate: an outcome or attempt record is delivered twice, or again after its dispatch was replaced;
-* slow_sync: an append stays unacknowledged for long; late: steps end in any order.
+* slow_sync: an append stays unacknowledged for long; late: steps end in any order;
+* wake: a person wakes the run at any moment; resume: one who has mended what it failed of, or paused at (its limit of
+  events), has it go on; cancel: one cancels it, whatever its body does then.
+
+Invariants that hold while it runs: nothing is dispatched before it is durable, a completed step is never executed
+again, and a step that is not idempotent is never executed again where an outcome of it is unknown.
 
 What is not simulated: torn and damaged bytes, two living owners (tests of the journal do that).
 """
@@ -35,6 +40,7 @@ from pyworkflow_ray.engine.events import (
     StepCompleted,
     StepStarted,
 )
+from pyworkflow_ray.engine.history import History, failed_positions
 from pyworkflow_ray.resilience.retry import Retry, Stop, decide
 from pyworkflow_ray.resilience.taxonomy import classify
 from pyworkflow_ray.storage.codec import StorageCodec
@@ -49,6 +55,7 @@ class Faults:
     """How often each fault strikes, as probabilities a chance: 0 switches it off."""
 
     crash: float = 0.0  # a handled event of the simulation
+    wake: float = 0.0  # likewise
     lost: float = 0.0  # a dispatched step
     duplicate: float = 0.0  # a message of a worker
     max_crashes: int = 30
@@ -76,6 +83,7 @@ class Simulator:
         steps: The functions of its steps by registered name: called with the decoded arguments, one call an attempt.
         seed: Decides everything that is left to chance: the same seed, the same simulation, bit for bit.
         cancel_at: Seconds after the start at which the run is cancelled; None: never.
+        mend: Called before a run that failed, or paused at its limit of events, is resumed; None: it is not.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class Simulator:
         faults: Faults | None = None,
         limits: Limits | None = None,
         cancel_at: float | None = None,
+        mend: Callable[[], None] | None = None,
         max_duration_s: float | None = None,
         max_recoveries: int = 10_000,
     ) -> None:
@@ -97,6 +106,8 @@ class Simulator:
         self._faults = faults or Faults()
         self._limits = limits or Limits()
         self._cancel_at = cancel_at
+        self._mend = mend
+        self._unknown: set[str] = set()  # positions of steps that may not be executed again
         self.codec: Codec = StorageCodec(MemoryBlobs())
         self.store = MemoryStore()
         self.result = Simulation(seed)
@@ -134,17 +145,24 @@ class Simulator:
         if self._cancel_at is not None:
             self._at(self._cancel_at, self._cancel)
         handled = 0
-        while self.result.ended is None and self.result.paused is None:
+        while not self._is_over():
             handled += 1
             if not self._queue or handled > max_events:
                 raise AssertionError(f"seed {self.result.seed}: the run hangs after {handled} events at {self._now}")
             at, _, action = heapq.heappop(self._queue)
             self._now = max(self._now, at)
             action()
-            self._maybe_crash()
+            if not self._is_over():
+                self._maybe_wake()
+                self._maybe_crash()
+            if self._is_over() and self._mend is not None:
+                self._resume_later(self._mend)
         self.result.events = self.store.events()
         self.result.clock_s = self._now - START_AT
         return self.result
+
+    def _is_over(self) -> bool:
+        return self.result.ended is not None or self.result.paused is not None
 
     # The world -----------------------------------------------------------------------------------------------
 
@@ -155,14 +173,56 @@ class Simulator:
         if self._parked and epoch == self._epoch:
             self._activate("wake", False)
 
-    def _activate(self, cause: Any, charged: bool) -> None:
+    def _activate(
+        self,
+        cause: Any,
+        charged: bool,
+        *,
+        resets: list[str] | None = None,
+        then: Callable[[Driver], None] | None = None,
+    ) -> None:
         self._epoch += 1
         self._parked = False
         self._tick_at = None
         self._driver = driver = Driver(self._flow, self.codec, limits=self._limits, rng=self._rng)
-        activation = RunActivated(epoch=self._epoch, cause=cause, charged=charged)
-        driver.activate(self.store.events(), activation, self._now)
+        activation = RunActivated(epoch=self._epoch, cause=cause, charged=charged, resets=resets or [])
+        events = self.store.events()
+        if resets:  # what was begun after the failure never happened
+            history = History.of([*events, activation.model_copy(update={"seq": len(events)})])
+            self.store.completed &= completed_steps(history)
+            self._unknown &= history.steps.keys()
+        driver.activate(events, activation, self._now)
+        if then is not None:
+            then(driver)
         self._act(driver)
+
+    def _maybe_wake(self) -> None:
+        driver = self._driver
+        if (driver is None and not self._parked) or self._rng.random() >= self._faults.wake:
+            return
+        self.result.struck["wake"] += 1
+        if driver is None:
+            self._activate("wake", False, then=lambda d: d.wake(self._now))
+        else:
+            self._with(driver, lambda d: d.wake(self._now))
+
+    def _resume_later(self, mend: Callable[[], None]) -> None:
+        """A person looks at a run that failed or is paused, mends what it needs, and resumes it."""
+        events = self.store.events()
+        resets = failed_positions(events)
+        if self.result.paused is None and not resets:
+            return
+        if self.result.struck["resume"] >= self._faults.max_crashes:
+            return
+        self.result.struck["resume"] += 1
+        self.result.trace.append(f"{self._now - START_AT:.6f} resume {' '.join(resets)}")
+        self.result.ended = self.result.paused = None
+        self._unknown -= set(resets)
+        mend()
+        if self._driver is not None:
+            self._driver.evict()
+            self._driver = None
+        self._at(self._rng.uniform(0.0, 100.0), lambda: self._activate("resume", False, resets=resets))
 
     def _maybe_crash(self) -> None:
         driver = self._driver
@@ -186,13 +246,15 @@ class Simulator:
             self._activate("recovery", True)
 
     def _cancel(self) -> None:
-        if self._driver is None and not self._parked:
-            self._at(0.5, self._cancel)  # its owner has crashed and is being replaced
+        cancel: Callable[[Driver], None] = lambda d: d.cancel("simulated", self._now)  # noqa: E731
+        if self._driver is not None:
+            self.result.struck["cancel"] += 1
+            self._with(self._driver, cancel)
+        elif self._parked:
+            self.result.struck["cancel"] += 1
+            self._activate("cancel", False, then=cancel)
         else:
-            if self._driver is None:
-                self._activate("cancel", False)
-            assert self._driver is not None
-            self._with(self._driver, lambda d: d.cancel("simulated", self._now))
+            self._at(0.5, self._cancel)  # its owner has crashed, or it is being resumed
 
     def _with(self, driver: Driver, call: Callable[[Driver], None]) -> None:
         """Give an input to `driver`, if it is still the owner."""
@@ -268,6 +330,10 @@ class Simulator:
             return
         if call.position in self.store.completed:
             raise AssertionError(f"seed {self.result.seed}: completed step {call.position} is executed again")
+        if call.position in self._unknown:
+            raise AssertionError(f"seed {self.result.seed}: {call.position} is not idempotent and executed again")
+        if not call.policy.idempotent:
+            self._unknown.add(call.position)
         args = [self.codec.decode(value) for value in call.args]
         self.result.executions.append((call.position, repr(args)))
         attempt = call.first_attempt
@@ -284,6 +350,7 @@ class Simulator:
         self._send(driver, lambda d: d.outcome(outcome, self._now))
 
     def _failed(self, driver: Driver, call: StepCall, outcome: Outcome, error: Exception) -> None:
+        self._unknown.discard(call.position)  # a known failure may be tried again
         kind = classify(error)
         info = self.codec.encode_error(error, kind)
         choice = decide(error, kind, call.policy, now=self._now, rng=self._rng, retries_used=call.retries_used)
@@ -347,7 +414,7 @@ def _brief(effect: Effect) -> str:
 
 
 def check_invariants(simulation: Simulation) -> None:
-    """Dense seq, at most one terminal event and nothing after it, each completion once.
+    """Dense seq, one end, nothing after it but a resume, each completion once (unless a resume took it back).
 
     Raises:
         AssertionError: one is broken; the message has the seed.
@@ -355,9 +422,21 @@ def check_invariants(simulation: Simulation) -> None:
     where = f"seed {simulation.seed}"
     events = simulation.events
     assert [e.seq for e in events] == list(range(len(events))), f"{where}: seq is not dense"
-    terminal = [e for e in events if e.type in ("run_completed", "run_failed", "run_cancelled")]
-    assert len(terminal) <= 1, f"{where}: {len(terminal)} terminal events"
-    assert not terminal or events[-1] is terminal[0], f"{where}: events after the end"
-    completed = Counter(e.position for e in events if isinstance(e, StepCompleted))
-    twice = [p for p, n in completed.items() if n > 1]
-    assert not twice, f"{where}: completed more than once: {twice}"
+    history = History()
+    completed: set[str] = set()
+    for event in events:
+        if history.ended is not None:
+            resumed = isinstance(event, RunActivated) and event.resets
+            assert resumed, f"{where}: {event.type} after the end"
+        if isinstance(event, StepCompleted):
+            assert event.position not in completed, f"{where}: {event.position} is completed more than once"
+            completed.add(event.position)
+        history.apply(event)
+        if isinstance(event, RunActivated) and event.resets:
+            again = {getattr(late, "position", "") for late in history.deferred}  # recorded again, executed never
+            completed &= completed_steps(history) - again
+
+
+def completed_steps(history: History) -> set[str]:
+    """Positions of the steps whose completion holds."""
+    return {position for position, step in history.steps.items() if step.ended == "completed"}

@@ -74,6 +74,53 @@ def _acknowledge_out_of_order(monkeypatch):
     monkeypatch.setattr(Driver, "_flush", reversed_append)
 
 
+def _repeat_what_is_not_idempotent(monkeypatch):
+    lose = Driver._lose
+
+    def as_if_it_were(self, step, *args):
+        policy = step.event.policy
+        step.event = step.event.model_copy(update={"policy": policy.model_copy(update={"idempotent": True})})
+        lose(self, step, *args)
+
+    monkeypatch.setattr(Driver, "_lose", as_if_it_were)
+
+
+def _let_a_stubborn_body_go_on(monkeypatch):
+    monkeypatch.setattr(Driver, "_end_by_force", lambda self, now: setattr(self, "_cancel_deadline", None))
+
+
+def _resume_without_taking_back_what_followed_the_failure(monkeypatch):
+    reset = History._reset
+
+    def keep_the_script(self, positions, now):
+        script = list(self.script)
+        reset(self, positions, now)
+        self.script = [e for e in script if e.type not in ("run_failed", "run_completed", "run_cancelled")]
+
+    monkeypatch.setattr(History, "_reset", keep_the_script)
+
+
+def _forget_what_came_after_the_failure(monkeypatch):
+    reset = History._reset
+
+    def drop(self, positions, now):
+        reset(self, positions, now)
+        self.deferred = []
+
+    monkeypatch.setattr(History, "_reset", drop)
+
+
+def _count_the_events_on_after_a_resume(monkeypatch):
+    activated = History._activated
+
+    def keep_counting(self, event):
+        counted = self.counted
+        activated(self, event)
+        self.counted = counted
+
+    monkeypatch.setattr(History, "_activated", keep_counting)
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
@@ -83,6 +130,11 @@ def _acknowledge_out_of_order(monkeypatch):
         _lose_commands_after_a_replay,
         _drop_a_recorded_input,
         _acknowledge_out_of_order,
+        _repeat_what_is_not_idempotent,
+        _let_a_stubborn_body_go_on,
+        _resume_without_taking_back_what_followed_the_failure,
+        _forget_what_came_after_the_failure,
+        _count_the_events_on_after_a_resume,
     ],
     ids=lambda mutant: mutant.__name__.strip("_"),
 )

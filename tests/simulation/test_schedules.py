@@ -36,6 +36,8 @@ def test_ten_thousand_schedules_keep_every_invariant_and_every_fault_struck():
     struck, ran = _simulate_many(SCHEDULES)
     assert struck["crash"] > 10_000
     assert min(struck["lost_before"], struck["lost_after"], struck["duplicate"]) > 1_000
+    assert min(struck["wake"], struck["resume"]) > 1_000
+    assert struck["cancel"] > 300
     assert all(ran[name] > 500 for name in (*LEAVES, *NODES)), ran
 
 

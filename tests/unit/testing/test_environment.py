@@ -129,6 +129,52 @@ async def test_a_retry_that_is_far_away_is_woken(workflow_env):
     assert (workflow_env.now() - began).total_seconds() == 60
 
 
+async def test_a_run_is_paused_by_hand_and_goes_on(workflow_env):
+    @pw.workflow
+    async def waits() -> int:
+        await asyncio.sleep(3600)
+        return 1
+
+    handle = workflow_env.start(waits)
+    await workflow_env.advance(60)
+    handle.pause()
+    with pytest.raises(RunPausedError, match="paused by hand") as caught:
+        await handle
+    assert (caught.value.reason, handle.status()) == ("user", "paused")
+    assert await handle.resume() == 1
+
+
+async def test_a_step_that_used_up_its_attempts_pauses_its_run(workflow_env):
+    @pw.step(max_retries=1, retry_delay=1, on_exhausted="pause")
+    async def works() -> int:
+        return pw.current_step().attempt
+
+    @pw.workflow
+    async def flow() -> int:
+        return await works()
+
+    workflow_env.fail(works, times=3)
+    with pytest.raises(RunPausedError, match="used up its attempts"):
+        await workflow_env.run(flow)
+    assert await workflow_env.get_run().resume() == 4
+
+
+async def test_a_map_runs_its_items_and_survives_every_crash(workflow_env):
+    @pw.step
+    async def square(x: int) -> int:
+        await asyncio.sleep(x)
+        if x == 3:
+            raise ValueError(x)
+        return x * x
+
+    @pw.workflow
+    async def flow() -> list:
+        batch = await square.map(range(6), chunk_size=2, concurrency=2)
+        return [len(batch.succeeded), [str(r) for r in batch.results]]
+
+    assert await workflow_env.crash_everywhere(flow) == [5, ["0", "1", "4", "3", "16", "25"]]
+
+
 async def test_result_waits_in_virtual_time(workflow_env):
     @pw.workflow
     async def waits() -> int:
