@@ -19,7 +19,6 @@ from typing import Any
 from pyworkflow_ray.engine.events import CodeEnvironment
 from pyworkflow_ray.errors import ConfigurationError
 
-
 # Modules of ours that make others importable: where the driver has imported one, its workers do, before any code.
 _PRELOADED = ("pyworkflow_ray.compat",)
 
