@@ -429,6 +429,8 @@ def _final(plan: Plan, failure: FailedAttempt, stop: Stop) -> BaseException:
 def _log(plan: Plan, failure: FailedAttempt, decision: Retry | Stop) -> None:
     if failure.kind == "cascade":
         return  # refusals are counted, not logged: the breaker that opened has said so once
+    if not log.isEnabledFor(log_level(failure.kind)) or _is_one_of_many(failure):
+        return
     allowed = "" if plan.policy.max_retries is None else f" of {plan.policy.max_retries + 1}"
     if isinstance(decision, Stop):
         then = f"no further attempt: {decision.note}"
@@ -446,6 +448,12 @@ def _log(plan: Plan, failure: FailedAttempt, decision: Retry | Stop) -> None:
         error_text(failure.error),
         then,
     )
+
+
+def _is_one_of_many(failure: FailedAttempt) -> bool:
+    """Of attempts that follow each other at once the first are logged, then the 16th, 32nd, 64th, ..."""
+    number = failure.attempt
+    return failure.delay_s is not None and failure.delay_s < 0.05 and number > 10 and number & (number - 1) != 0
 
 
 # The failures before ----------------------------------------------------------------------------------------------

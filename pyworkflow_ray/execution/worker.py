@@ -30,8 +30,9 @@ from pyworkflow_ray.execution.definitions import StepDefinition
 from pyworkflow_ray.execution.hooks import RetryEvent, adopt_hooks, hooked, tell
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.perform import Work, drive, drive_async
+from pyworkflow_ray.execution.same_errors import encoded_once
 from pyworkflow_ray.execution.worker_loop import WorkerLoop, worker_loop
-from pyworkflow_ray.resilience.taxonomy import adopt_kinds, classify
+from pyworkflow_ray.resilience.taxonomy import Kind, adopt_kinds, classify
 
 MAX_RECORDS = 1_000  # of one dispatch; they have been streamed one by one, the outcome repeats them
 
@@ -277,7 +278,7 @@ class Execution:
             attempt=failure.attempt,
             started_at=failure.started_at,
             ended_at=failure.ended_at,
-            error=self.error_info(failure.error),
+            error=self.error_info(failure.error, failure.kind),
             delay_s=failure.delay_s,
             delay_reason=failure.delay_reason,
             retry_at=failure.retry_at,
@@ -294,9 +295,10 @@ class Execution:
             call = self.call
             tell_retry(failure, call.step, call.run_id, call.workflow, call.position)
 
-    def error_info(self, error: BaseException) -> ErrorInfo:
+    def error_info(self, error: BaseException, kind: Kind | None = None) -> ErrorInfo:
         _trim(error)
-        return self.codec.encode_error(_raisable(error), classify(error))
+        kind = kind or classify(error)
+        return encoded_once(_raisable(error), kind, self.codec, self.codec.encode_error)
 
     def broken(self, error: Exception) -> Outcome:
         """The call could not be begun: the workflow's data or code are not what this process can use."""

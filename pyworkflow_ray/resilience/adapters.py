@@ -13,6 +13,7 @@ lists of throttling and transient codes); RFC 9110, sections 10.2.3 and 15.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import re
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -94,7 +95,8 @@ _DECIMAL = re.compile(r"\d{1,12}(?:\.\d{1,9})?")
 MAX_RETRY_AFTER_S = 100 * 365 * 86400.0  # beyond a century an instant no longer fits a datetime
 
 
-def kind_of_class(cls: type[BaseException]) -> Kind | None:
+@functools.lru_cache(512)
+def kind_of_class(cls: Any) -> Kind | None:
     """Kind of a library's class, by its nearest named base; None where none is named."""
     for base in cls.__mro__:
         # httpx's classes give their public module's name, or that of the file they are in
@@ -104,8 +106,15 @@ def kind_of_class(cls: type[BaseException]) -> Kind | None:
     return None
 
 
+def says_nothing(exc: BaseException) -> bool:
+    """Whether it is one of Python's own, with nothing added: the usual case, asked at every failed attempt."""
+    return type(exc).__module__ == "builtins" and not exc.__dict__
+
+
 def kind_of_answer(exc: BaseException) -> Kind | None:
     """Kind of the code that a service answered with, by gRPC or AWS; None where there is none."""
+    if says_nothing(exc):
+        return None
     code = grpc_code(exc)
     if code is not None:
         return GRPC.get(code, "transient")
@@ -153,6 +162,8 @@ def http_status(exc: BaseException) -> int | None:
     Read from `exc.response.status_code` or `.status` (httpx, requests, openai) or `exc.response["ResponseMetadata"]`
     (botocore), else from the exception itself where it has headers: `status` (aiohttp), `code` (urllib), `status_code`.
     """
+    if says_nothing(exc):
+        return None
     aws = _aws_metadata(exc).get("HTTPStatusCode")
     if isinstance(aws, int):
         return aws
@@ -174,6 +185,8 @@ def server_retry_after(exc: BaseException, now: float) -> float | None:
 
     Source: RFC 9110, section 10.2.3; gRFC A6.
     """
+    if says_nothing(exc):
+        return None
     for headers in _headers(exc):
         millis = _header(headers, ("retry-after-ms", "grpc-retry-pushback-ms"))
         if millis is not None and _DECIMAL.fullmatch(millis.strip()):

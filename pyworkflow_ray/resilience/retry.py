@@ -20,6 +20,7 @@ from random import Random
 
 from pyworkflow_ray.durations import Duration, format_duration, parse_duration
 from pyworkflow_ray.errors import FatalError, RetryableError
+from pyworkflow_ray.resilience.adapters import says_nothing
 from pyworkflow_ray.resilience.policy import Jitter, RetryPolicy
 from pyworkflow_ray.resilience.taxonomy import RETRIED, Kind, members, server_retry_after
 
@@ -189,7 +190,9 @@ def _forbidden(error: BaseException, kind: Kind, retry_on: ErrorFilter | None, n
     """Why the sort of the error forbids another attempt; None where it does not."""
     if not isinstance(error, Exception):
         return Stop("no retry", f"{type(error).__name__} is never retried")
-    if any(isinstance(member, FatalError) for member in members(error)):
+    if isinstance(error, FatalError) or (
+        isinstance(error, BaseExceptionGroup) and any(isinstance(member, FatalError) for member in members(error))
+    ):
         return Stop("permanent", "FatalError is never retried")
     try:
         if _matches(error, no_retry_on, any):
@@ -223,6 +226,16 @@ def _delay(
     previous_s: float | None,
     delay_of: DelayOf | None,
 ) -> tuple[float, str]:
+    if not says_nothing(error) or isinstance(error, BaseExceptionGroup):
+        wished = _wish(error, now, rng)
+        if wished is not None:
+            return wished
+    chosen_s = None if delay_of is None else parse_duration(delay_of(retry, error))
+    return retry_delay(retry, policy, rng, previous_s, chosen_s), delay_words(policy)
+
+
+def _wish(error: BaseException, now: float, rng: Random) -> tuple[float, str] | None:
+    """The wait that the step or the server asks for, and who does; None: the policy decides."""
     asked = [member.delay_s(now) for member in members(error) if isinstance(member, RetryableError)]
     exact = max((seconds for seconds in asked if seconds is not None), default=None)
     if exact is not None:
@@ -231,8 +244,7 @@ def _delay(
     floor = max((seconds for seconds in floors if seconds is not None), default=0.0)
     if floor > 0:  # 0, or a date that is over, asks for nothing: the policy decides
         return floor + rng.uniform(0.0, SPREAD * floor), "server retry_after"
-    chosen_s = None if delay_of is None else parse_duration(delay_of(retry, error))
-    return retry_delay(retry, policy, rng, previous_s, chosen_s), delay_words(policy)
+    return None
 
 
 def delay_words(policy: RetryPolicy) -> str:

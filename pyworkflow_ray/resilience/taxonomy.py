@@ -15,6 +15,7 @@ Called by the attempt loop, by breakers and by users (`pw.classify`); calls `ada
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, get_args
@@ -97,13 +98,13 @@ def classify(exc: BaseException, registered: Registered | None = None) -> Kind:
         exc: Any exception; only itself and, of a group, its members are looked at, not what caused it.
         registered: Kinds of a user's own types, by class or "module:qualname"; None: those in force in this process.
     """
-    cls = type(exc)
+    cls: Any = type(exc)  # mypy takes no class for hashable
     registered = _in_force if registered is None else registered
     if registered:
         own = _registered_bases(cls, registered)
         found = _nearest(cls, {**_BY_CLASS, **own}) if own else set()
         if found & own.keys():
-            return _strongest({own.get(base) or _BY_CLASS[base] for base in found})
+            return _strongest(frozenset(own.get(base) or _BY_CLASS[base] for base in found))
     if not isinstance(exc, Exception):
         return "permanent"
     by_class = _entries(cls)
@@ -197,12 +198,13 @@ def _registered_bases(cls: type[BaseException], registered: Registered) -> dict[
     return found
 
 
-def _entries(cls: type[BaseException]) -> set[Kind]:
+@functools.lru_cache(512)
+def _entries(cls: Any) -> frozenset[Kind]:
     kinds = {_BY_CLASS[base] for base in _nearest(cls, _BY_CLASS)}
     foreign = adapters.kind_of_class(cls)
     if foreign is not None:
-        return {foreign} | (kinds - {"transient"})
-    return kinds
+        return frozenset({foreign} | (kinds - {"transient"}))
+    return frozenset(kinds)
 
 
 def _nearest(cls: type[BaseException], table: Mapping[type[BaseException], Kind]) -> set[type[BaseException]]:
@@ -211,7 +213,8 @@ def _nearest(cls: type[BaseException], table: Mapping[type[BaseException], Kind]
     return {base for base in found if not any(other is not base and issubclass(other, base) for other in found)}
 
 
-def _strongest(kinds: set[Kind]) -> Kind:
+@functools.lru_cache(64)
+def _strongest(kinds: frozenset[Kind]) -> Kind:
     return next((kind for kind in _STRENGTH if kind in kinds), "transient")
 
 

@@ -441,14 +441,19 @@ class RunActor:
 
     def _timed_out(self, active: ActiveRun, host: Host, call: StepCall) -> Outcome | None:
         """The outcome of an attempt that was stuck beyond its timeout, so that its worker ended itself."""
-        timeout = call.policy.timeout_s
-        if timeout is None or (call.chunk is not None and call.chunk.count > 1):
+        if call.chunk is not None and call.chunk.count > 1:
             return None  # which item of a chunk was stuck is not known: it is lost, and executed again in parts
+        policy = call.policy
         began = max(host.handed_wall, active.started_at(call.position) or 0.0)
-        if time.time() - began < timeout:
+        ends_at = (
+            None if policy.total_timeout_s is None else (call.began_at or host.handed_wall) + policy.total_timeout_s
+        )
+        limits = [ends_at, None if policy.timeout_s is None else began + policy.timeout_s]
+        over_at = min((at for at in limits if at is not None), default=None)
+        if over_at is None or time.time() < over_at:
             return None
         attempt, retries_used = active.attempt_now(call)
-        return stuck_outcome(call, self._process, attempt, retries_used, began)
+        return stuck_outcome(call, self._process, attempt, retries_used, began, over_at, ends_at)
 
     def _refused_locked(self, call: StepCall, error: BaseException) -> None:
         if self._active is None or not self._is_active(call):

@@ -118,12 +118,17 @@ class _Watch:
             self._notes = []
             self._next_look = time.monotonic() + _FIRST_LOOK_S
             self._wake.notify()
-        at_once = call.policy.timeout_s is not None  # stuck code holds the GIL: this thread may never run again
+        # stuck code holds the GIL: this thread may never run again
+        at_once = call.policy.timeout_s is not None or call.policy.total_timeout_s is not None
 
         def report(event: StepStarted | AttemptFailed) -> None:
-            if at_once or isinstance(event, AttemptFailed):
+            # attempts that follow each other at once go together, at this thread's next look
+            fast = isinstance(event, AttemptFailed) and event.delay_s is not None and event.delay_s < _FIRST_LOOK_S
+            if at_once or (isinstance(event, AttemptFailed) and not fast):
                 # not waited for: what gets lost with this process is recorded as unknown
-                line.note(host_id, call.position, call.dispatch, [event])
+                with self._wake:
+                    before, self._notes = self._notes, []
+                line.note(host_id, call.position, call.dispatch, [*before, event])
                 return
             with self._wake:
                 if self._call is call:

@@ -18,10 +18,23 @@ from pyworkflow_ray.resilience.retry import DelayOf, ErrorFilter, Retry, decide
 from pyworkflow_ray.runtime.process import Process
 
 
-def stuck_outcome(call: StepCall, process: Process, attempt: int, retries_used: int, began: float) -> Outcome:
-    """Handed back for its next attempt, or failed with `StepTimeoutError`, as the step's policy says."""
+def stuck_outcome(
+    call: StepCall,
+    process: Process,
+    attempt: int,
+    retries_used: int,
+    began: float,
+    over_at: float,
+    ends_at: float | None,
+) -> Outcome:
+    """Handed back for its next attempt, or failed with `StepTimeoutError`, as the step's policy says.
+
+    Args:
+        over_at: UNIX time at which the attempt's time was over.
+        ends_at: UNIX time at which the step's total timeout is over; None: it has none.
+    """
     now = time.time()
-    timeout = call.policy.timeout_s or 0.0
+    timeout = max(0.0, over_at - began)
     error = StepTimeoutError(
         f"step {call.step!r}, attempt {attempt}, was stuck beyond its timeout of {format_duration(timeout)} in code "
         "that nothing can interrupt; its worker was ended"
@@ -44,7 +57,7 @@ def stuck_outcome(call: StepCall, process: Process, attempt: int, retries_used: 
         retry_on=retry_on,
         no_retry_on=no_retry_on,
         delay_of=delay_of,
-        deadline=call.deadline,
+        deadline=min((at for at in (call.deadline, ends_at) if at is not None), default=None),
         outcome_unknown=True,
     )
     again = decided if isinstance(decided, Retry) else None

@@ -408,6 +408,16 @@ def test_failures_are_logged_at_the_level_of_their_kind(
     assert "attempt 1 of 2 failed" in record.getMessage()
 
 
+def test_attempts_that_follow_each_other_at_once_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "pyworkflow_ray"):
+        Bench(failing(), policy=RetryPolicy(max_retries=99, retry_delay_s=0)).run()
+        numbers = [int(r.getMessage().split("attempt ")[1].split()[0]) for r in caplog.records]
+        assert numbers == [*range(1, 11), 16, 32, 64, 100]
+        caplog.clear()
+        Bench(failing(), policy=RetryPolicy(max_retries=99, retry_delay_s=1)).run()
+    assert len(caplog.records) == 100, "slow ones are all logged"
+
+
 def test_refusals_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "pyworkflow_ray"):
         Bench(failing(lambda: CircuitOpenError("open"))).run()
