@@ -211,7 +211,7 @@ def step(
     scheduling_strategy: Any = None,
     ray_remote_args: Mapping[str, Any] | None = None,
     on_exhausted: Literal["raise", "pause"] = "raise",
-    on_open: Literal["raise"] = "raise",
+    on_open: Literal["raise", "wait"] = "raise",
     retry_budget: RetryBudget | str | None = None,
 ) -> StepDecorator: ...
 
@@ -242,7 +242,10 @@ def step(fn: Any = None, /, **options: Any) -> Any:
         on_exhausted: "raise": a step whose attempts or total timeout are used up fails. "pause": its run pauses for a
             person, once what else it executes has ended; `pw.resume(run_id)` grants a fresh set of attempts, by the
             options that the code then gives. A plain call raises in both cases.
-        breaker: A `CircuitBreaker` or its name.
+        breaker: A `CircuitBreaker`, a key of one (`breaker.key("host-7")`), or its name.
+        on_open: "raise": an attempt that the breaker refuses fails the step with `CircuitOpenError`. "wait": the step
+            waits, durably and without a worker, until the breaker lets it through; no attempt is spent. Whoever has
+            waited longest is let through first. A wait that cannot end before `total_timeout` is not begun.
         retry_budget: A `RetryBudget` or its name: each retry takes tokens from it, across the cluster; where it is
             empty the step fails with `RetryBudgetExhausted` from its last error.
         idempotent: False: an attempt whose outcome is unknown is never repeated; the workflow gets `StepLostError`.

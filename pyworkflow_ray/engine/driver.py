@@ -395,7 +395,7 @@ class Driver(pausing.PausingDriver):
             executor=event.executor,
             ray_options=event.ray_options,
             breaker=event.breaker,
-            breaker_settings=created.breakers.get(event.breaker) if event.breaker else None,
+            breaker_settings=created.breaker_options(event.breaker),
             breaker_generation=self._generations.get(event.breaker, 0) if event.breaker else 0,
             first_attempt=step.attempt + 1,
             retries_used=step.retries_used,

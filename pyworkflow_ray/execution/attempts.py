@@ -32,6 +32,7 @@ from pyworkflow_ray.resilience.taxonomy import Kind, classify, log_level
 
 log = logging.getLogger("pyworkflow_ray.step")
 
+ASK_AGAIN_S = 1.0  # where a breaker that refuses does not say when
 MAX_NOTES = 50  # of more attempts the first and the last are noted
 MAX_PREVIOUS = 1_000  # earlier failures that an attempt can read
 MAX_MESSAGE = 2_000  # characters of an error's text in `previous`
@@ -64,7 +65,12 @@ class TellBudget:
 
 @dataclass(slots=True, frozen=True)
 class AskBreaker:
-    """Ask the step's breaker. Answer: `Admitted`, `Refused`, or `Failed` where it could not be asked."""
+    """Ask the step's breaker. Answer: `Admitted`, `Refused`, or `Failed` where it could not be asked.
+
+    waited_s: the step waits until it is let through, and has waited so long; None: it does not.
+    """
+
+    waited_s: float | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -151,9 +157,9 @@ class Guard(Protocol):
     @property
     def generation(self) -> int: ...
 
-    def acquire(self) -> Permit: ...
+    def acquire(self, waited_s: float | None = None) -> Permit: ...
 
-    async def acquire_async(self) -> Permit: ...
+    async def acquire_async(self, waited_s: float | None = None) -> Permit: ...
 
 
 # What goes in, and what comes out ---------------------------------------------------------------------------------
@@ -182,6 +188,7 @@ class Plan:
     Args:
         step: Name of the step, for messages.
         guarded: Whether a breaker is to be asked.
+        patient: Whether an attempt that it refuses waits instead of failing the step.
         budget: Name of the retry budget that each retry is to be taken from.
         first_attempt: Number of the first attempt made here.
         retries_used: Retries that were used before.
@@ -205,6 +212,7 @@ class Plan:
     no_retry_on: ErrorFilter = ()
     delay_of: DelayOf | None = None
     guarded: bool = False
+    patient: bool = False
     budget: str | None = None
     first_attempt: int = 1
     retries_used: int = 0
@@ -260,6 +268,11 @@ def attempts(plan: Plan) -> Generator[Command, Answer, Ended]:
             return _too_late(plan, attempt, history, started_at)
         answer, breaker = yield from _one(plan, attempt, history, started_at, ends_at)
         ended_at = plan.clock()
+        if plan.patient and isinstance(answer, Refused):
+            wait_s = ASK_AGAIN_S if answer.error.ask_again_s is None else answer.error.ask_again_s
+            resume_at = ended_at + wait_s
+            if deadline is None or resume_at <= deadline:
+                continue  # no attempt is spent
         if isinstance(answer, Cancelled):
             return Ended("cancelled", attempt, started_at=started_at, ended_at=ended_at, breaker=breaker)
         stored = True
@@ -279,20 +292,24 @@ def attempts(plan: Plan) -> Generator[Command, Answer, Ended]:
         if not stored:
             decision = Stop("permanent", "its result can't be stored")
         else:
-            decision = decide(
-                answer.error,
-                kind,
-                plan.policy,
-                now=_judged_at(answer, ended_at, ends_at),
-                rng=plan.rng,
-                retries_used=retries_used,
-                retry_on=plan.retry_on,
-                no_retry_on=plan.no_retry_on,
-                delay_of=plan.delay_of,
-                previous_s=history.last_delay_s,
-                deadline=deadline,
-                refused=isinstance(answer, Refused),
-                outcome_unknown=isinstance(answer, Failed) and answer.outcome_unknown,
+            decision = (
+                _out_of_time(plan)
+                if plan.patient and isinstance(answer, Refused)
+                else decide(
+                    answer.error,
+                    kind,
+                    plan.policy,
+                    now=_judged_at(answer, ended_at, ends_at),
+                    rng=plan.rng,
+                    retries_used=retries_used,
+                    retry_on=plan.retry_on,
+                    no_retry_on=plan.no_retry_on,
+                    delay_of=plan.delay_of,
+                    previous_s=history.last_delay_s,
+                    deadline=deadline,
+                    refused=isinstance(answer, Refused),
+                    outcome_unknown=isinstance(answer, Failed) and answer.outcome_unknown,
+                )
             )
         if plan.budget is not None and isinstance(decision, Retry):
             decision = yield from _afford(plan.budget, decision, answer.error)
@@ -327,7 +344,8 @@ def _one(
     breaker: str | None = None
     permit: Any = None
     if plan.guarded:
-        asked = yield AskBreaker()
+        waited_s = max(0.0, started_at - (plan.began_at or started_at)) if plan.patient and attempt == 1 else 0.0
+        asked = yield AskBreaker(waited_s if plan.patient else None)
         if isinstance(asked, Failed):
             return asked, None
         if isinstance(asked, Refused):
@@ -364,6 +382,14 @@ def _ends_at(plan: Plan) -> float | None:
     if total_s is None:
         return None
     return (plan.clock() if plan.began_at is None else plan.began_at) + total_s
+
+
+def _out_of_time(plan: Plan) -> Stop:
+    """The breaker is open, and nobody knows of a moment before the deadline at which it lets the step through."""
+    limit = "the run's end"
+    if plan.policy.total_timeout_s is not None:
+        limit = f"its total_timeout of {format_duration(plan.policy.total_timeout_s)}"
+    return Stop("refused", f"its circuit breaker lets it through no sooner than {limit} allows")
 
 
 def _judged_at(answer: Failed | Refused, ended_at: float, ends_at: float | None) -> float:

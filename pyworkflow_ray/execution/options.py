@@ -50,7 +50,6 @@ WORKFLOW_OPTIONS = ("name", "version", "max_duration", "actor_options", "max_rec
 RUN_OPTIONS = ("run_id", "attributes")
 # The contract's options that this version does not have, with the one value that asks for nothing.
 _NOT_BUILT: dict[str, Any] = {
-    "on_open": "raise",
     "actor_options": None,
 }
 # Ray's own options for tasks that may be handed on, beside those that have a name of ours (Ray 2.60). Ray checks them;
@@ -122,6 +121,7 @@ def check_step_options(given: Mapping[str, Any], where: str = "@step") -> StepOp
         timeout_s=check.duration("timeout", None, above_zero=True),
         retry_budget=_budget(check),
         on_exhausted=check.choice("on_exhausted", "raise", ("raise", "pause")),
+        on_open=check.choice("on_open", "raise", ("raise", "wait")),
         total_timeout_s=check.duration("total_timeout", None, above_zero=True),
         idempotent=check.flag("idempotent", True),
         max_recoveries=check.whole("max_recoveries", 3) or 0,

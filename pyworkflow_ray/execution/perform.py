@@ -123,7 +123,8 @@ def _perform(command: Command, work: Work, permits: list[Any]) -> Answer:
     if isinstance(command, AskBreaker):
         assert work.guard is not None
         try:
-            permit = work.guard.acquire()
+            # a guard that knows of no waiting needs not be told of it
+            permit = work.guard.acquire() if command.waited_s is None else work.guard.acquire(command.waited_s)
         except CircuitOpenError as error:
             return Refused(error, str(work.guard.state))
         except Exception as error:
@@ -205,7 +206,10 @@ async def _perform_async(command: Command, work: Work, permits: list[Any]) -> An
     if isinstance(command, AskBreaker):
         assert work.guard is not None
         try:
-            permit = await work.guard.acquire_async()
+            if command.waited_s is None:
+                permit = await work.guard.acquire_async()
+            else:
+                permit = await work.guard.acquire_async(command.waited_s)
         except CircuitOpenError as error:
             return Refused(error, str(work.guard.state))
         except Exception as error:

@@ -91,6 +91,7 @@ class _PlainCall:
             deadline=_end_of(self.outer),
             on_failed=self.failed if hooked("retry") else None,
             guarded=guard is not None,
+            patient=guard is not None and step.policy.on_open == "wait" and not _no_waits.get(),
             budget=step.policy.retry_budget,
             where=f"run {self.outer.run_id}" if self.outer is not None and self.outer.run_id else "",
         )

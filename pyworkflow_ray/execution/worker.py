@@ -209,6 +209,7 @@ class Execution:
             no_retry_on=self.step.no_retry_on,
             delay_of=self.step.delay_of,
             guarded=breaker is not None,
+            patient=breaker is not None and call.policy.on_open == "wait",
             budget=None if self.budget is None else self.budget.name,
             first_attempt=call.first_attempt,
             retries_used=call.retries_used,

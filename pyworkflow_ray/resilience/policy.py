@@ -35,4 +35,5 @@ class RetryPolicy(BaseModel):
     delay_by_code: bool = _left_out(False)  # a callable of the step's definition decides each delay
     retry_budget: str | None = _left_out(None)  # its name; its settings travel with the run
     on_exhausted: Literal["raise", "pause"] = _left_out("raise")
+    on_open: Literal["raise", "wait"] = _left_out("raise")  # what an attempt does that its breaker refuses
     total_timeout_s: float | None = _left_out(None)  # all attempts and waits together, from the first attempt's begin
