@@ -68,6 +68,19 @@ cluster: Callable[[Declared], Budget | None] | None = None
 cluster_settings: Callable[[str], dict[str, Any] | None] | None = None
 
 
+# A test environment's budgets: open ones keep the process's own, and the cluster's, out of its runs. Innermost last.
+_apart: list[Callable[[Declared], Budget]] = []
+
+
+def keep_apart(budgets: Callable[[Declared], Budget]) -> None:
+    """From now on a budget of this process is what `budgets` makes of it."""
+    _apart.append(budgets)
+
+
+def end_apart(budgets: Callable[[Declared], Budget]) -> None:
+    _apart.remove(budgets)
+
+
 def declare(name: str, settings: BudgetSettings) -> Declared:
     """The budget of this name in this process, made at its first declaration.
 
@@ -114,6 +127,8 @@ def budget_of(step: str, name: str | None, settings: Mapping[str, Any] | None = 
                 f"or alive in the cluster: make one, RetryBudget({name!r}), where the step is defined"
             )
         found = declare(name, BudgetSettings.model_validate(settings))
+    if _apart:
+        return _apart[-1](found)
     shared = cluster(found) if cluster is not None else None
     return found.local if shared is None else shared
 

@@ -24,16 +24,8 @@ from pyworkflow_ray.engine.commands import Limits
 from pyworkflow_ray.engine.events import Event
 from pyworkflow_ray.engine.loop import current_workflow
 from pyworkflow_ray.errors import ConfigurationError, RunExistsError, RunNotFoundError
-from pyworkflow_ray.execution.breakers import (
-    Circuit,
-    CircuitGuard,
-    Declared,
-    LocalCircuit,
-    declare,
-    declared,
-    end_apart,
-    keep_apart,
-)
+from pyworkflow_ray.execution import breakers, budgets
+from pyworkflow_ray.execution.breakers import Circuit, CircuitGuard, LocalCircuit, declare, declared
 from pyworkflow_ray.execution.code import local_code
 from pyworkflow_ray.execution.context import running_step
 from pyworkflow_ray.execution.environment import capture_environment
@@ -73,8 +65,9 @@ class WorkflowEnv:
 
     All steps run in this process, one `await` at a time. A `def` step runs in one go when it begins; the time that it
     slept passes afterwards, so that steps side by side take as long as the longest, as on a cluster. Nothing but its
-    own timeout interrupts it. Breakers are the environment's own: each begins closed, whatever other tests did. What
-    async steps get from a `pw.resource` is made once an environment, and closed at its end.
+    own timeout interrupts it. Breakers and retry budgets are the environment's own: they begin closed and full,
+    whatever other tests did. What async steps get from a `pw.resource` is made once an environment, and closed at its
+    end.
 
     Args:
         seed: Decides jitter, run ids and `pw.random()`: the same seed, the same run.
@@ -120,6 +113,7 @@ class WorkflowEnv:
         self._last: Owner | None = None
         self._crash_after: int | None = None
         self._circuits: dict[str, LocalCircuit] = {}
+        self._budgets: dict[str, budgets.LocalBudget] = {}
         self._stack = contextlib.ExitStack()
         self._thread = 0
 
@@ -140,9 +134,9 @@ class WorkflowEnv:
         self._stack.callback(self._close_resources)
         sleeping.install()
         self._stack.callback(sleeping.remove)
-        circuits = self._circuit
-        keep_apart(circuits)
-        self._stack.callback(end_apart, circuits)
+        for module, mine in ((breakers, self._circuit), (budgets, self._budget)):
+            module.keep_apart(mine)
+            self._stack.callback(module.end_apart, mine)
         return self
 
     def __exit__(
@@ -367,12 +361,15 @@ class WorkflowEnv:
             found = declare(call.breaker, BreakerSettings.from_options(call.breaker_settings))
         return CircuitGuard(self._circuit(found), call.breaker_generation, f"{call.run_uid}:{call.position}")
 
-    def _circuit(self, found: Declared) -> Circuit:
+    def _circuit(self, found: breakers.Declared) -> Circuit:
         circuit = self._circuits.get(found.name)
         if circuit is None:
             circuit = LocalCircuit(found.name, found.settings, clock=self.clock, counts=found.counts)
             self._circuits[found.name] = circuit
         return circuit
+
+    def _budget(self, found: budgets.Declared) -> budgets.Budget:
+        return self._budgets.setdefault(found.name, budgets.LocalBudget(found.name, found.settings))
 
     async def settle_run(self, owner: Owner) -> None:
         """Drive the loop until the run has ended, is paused, or can't go on."""

@@ -30,6 +30,7 @@ from pyworkflow_ray.engine.events import (
 from pyworkflow_ray.engine.history import failed_positions
 from pyworkflow_ray.errors import NonDeterminismError, RunError
 from pyworkflow_ray.execution.code import load_step, load_workflow
+from pyworkflow_ray.execution.hooks import run_has_failed
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.worker import execute_call_async
 from pyworkflow_ray.testing.memory_store import MemoryStore
@@ -224,10 +225,12 @@ class Owner:
                 self._stop_all()
                 self._leave()
                 self._settle()
-            case Finish():
+            case Finish(event):
                 self._stop_all()
                 self._leave()
                 self._settle()
+                if isinstance(event, RunFailed):
+                    run_has_failed(self.created, event, self._env.codec)
 
     def _write(self, events: tuple[Event, ...]) -> bool:
         """Make events durable; False where the owner dies by it, after a prefix of them."""

@@ -383,6 +383,71 @@ async def test_breakers_are_the_environments_own():
     assert payments.state == "closed"
 
 
+async def test_keys_and_rates_of_breakers_work_too(workflow_env):
+    rated = pw.CircuitBreaker("kit-rated", failure_rate=0.5, minimum_calls=4, window="10s", recovery_timeout=30)
+
+    @pw.step
+    async def asks(host: str, ok: bool) -> str:
+        async with rated.key(host):
+            if not ok:
+                raise ConnectionError
+        return "ok"
+
+    @pw.workflow
+    async def flow() -> list[str]:
+        seen = []
+        for host, ok in [("a", True), ("a", False)] * 2 + [("a", True), ("b", True)]:
+            try:
+                seen.append(await asks(host, ok))
+            except (ConnectionError, pw.CircuitOpenError) as error:
+                seen.append(type(error).__name__)
+        await pw.sleep(30)
+        return [*seen, await asks("a", True)]
+
+    expected = ["ok", "ConnectionError", "ok", "ConnectionError", "CircuitOpenError", "ok", "ok"]
+    assert await workflow_env.run(flow) == expected
+    assert rated.key("a").state == "closed"
+
+
+async def test_retry_budgets_are_the_environments_own():
+    budget = pw.RetryBudget("kit-budget", tokens=20, retry_cost=14)
+
+    @pw.step(max_retries=3, retry_delay=0, retry_budget=budget)
+    async def fails() -> None:
+        raise ConnectionError("down")
+
+    @pw.workflow
+    async def flow() -> None:
+        await fails()
+
+    for _ in range(2):  # a bucket that was shared would be empty the second time
+        async with WorkflowEnv() as env:
+            with pytest.raises(pw.RetryBudgetExhausted):
+                await env.run(flow)
+            assert env.explain().retries == 1
+
+
+async def test_hooks_are_told_of_retries_and_failed_runs(workflow_env, monkeypatch):
+    from pyworkflow_ray.execution import hooks
+
+    monkeypatch.setattr(hooks, "_own", {"retry": [], "run_failed": [], "breaker_open": []})
+    seen = []
+    pw.on_retry(lambda event: seen.append(("retry", event.attempt)))
+    pw.on_run_failed(lambda event: seen.append(("failed", event.run_id)))
+
+    @pw.step(max_retries=1, retry_delay=0)
+    async def fails() -> None:
+        raise ConnectionError("down")
+
+    @pw.workflow
+    async def flow() -> None:
+        await fails()
+
+    with pytest.raises(ConnectionError):
+        await workflow_env.run(flow)
+    assert seen == [("retry", 1), ("failed", "run-1")]
+
+
 # no_waits and the plugin --------------------------------------------------------------------------------------------
 
 
