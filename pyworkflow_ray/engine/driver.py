@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pyworkflow_ray.engine import chunks, overdue, pausing
+from pyworkflow_ray.engine import chunks, known, overdue, pausing
 from pyworkflow_ray.engine.calls import ChunkCall, Codec, Outcome, StepCall
 from pyworkflow_ray.engine.commands import Append, CancelDispatch, Dispatch, Effect, Finish, Limits, Park, Pause
 from pyworkflow_ray.engine.events import (
@@ -50,14 +50,13 @@ _RECOVERY_DELAY_S = 0.1  # before the first re-execution of a lost step; doubled
 _RECOVERY_DELAY_MAX_S = 5.0
 
 
-class Driver(pausing.PausingDriver):
+class Driver(pausing.PausingDriver, known.KnowingDriver):
     """Drives one activation of one run. See the module for its rules and `commands` for its effects.
 
     Args:
         flow: The bare `async def` of the workflow.
         codec: Encodes and decodes values and errors.
-        limits: See `Limits`.
-        rng: Jitter of recoveries.
+        limits, rng: See `Limits`; jitter of recoveries.
         log: Called with one line for a person, for what deserves a warning.
     """
 
@@ -126,7 +125,7 @@ class Driver(pausing.PausingDriver):
         if before.cancel is not None:
             since = before.cancel.at if activation.cause == "wake" else now  # a lost owner must not shorten the grace
             self._cancel_deadline = since + self._limits.cancel_grace_s
-        taken_up = [(p, s) for p, s in before.steps.items() if s.ended is None]
+        taken_up = [(p, s) for p, s in before.steps.items() if s.ended is None and p not in before.known]
         self._commands(fresh, now)
         pausing.spread_overdue([s for p, s in taken_up if p in handed_back], self._rng, now)
         for position, step in taken_up:
@@ -311,7 +310,7 @@ class Driver(pausing.PausingDriver):
             held = self._held(event.position) if isinstance(event, StepCancelled) else []
             self._command(event)
             if isinstance(event, StepScheduled):
-                self._dispatch(self._history.steps[event.position])
+                self._begin(self._history.steps[event.position])
             elif held:
                 for position, dispatch in held:
                     self._gate(CancelDispatch(position, dispatch))
@@ -551,6 +550,7 @@ class Driver(pausing.PausingDriver):
         """After an input: limits, parking, and one append of all that is ready."""
         if self._over:
             return
+        self._recall(now)
         self._open_chunks(now)
         history = self._history
         if history.ended is None and history.counted >= self._limits.max_events:

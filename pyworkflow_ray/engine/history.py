@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pyworkflow_ray.engine import pausing
+from pyworkflow_ray.engine import known, pausing
 from pyworkflow_ray.engine.calls import PreviousFailure
 from pyworkflow_ray.engine.chunks import as_step, chunk_position, parse_position
 from pyworkflow_ray.engine.events import (
@@ -92,6 +92,7 @@ class History:
     maps: dict[str, MapScheduled] = field(default_factory=dict)
     open_timers: dict[str, float] = field(default_factory=dict)
     script: list[Event] = field(default_factory=list)  # inputs and commands, in order
+    known: known.Known = field(default_factory=dict)  # completions that outlive a reset, of calls that do not
     deferred: list[Event] = field(default_factory=list)  # inputs that outlive a reset: to be delivered again
     next_seq: int = 0
     counted: int = 0  # events since the run began or was resumed
@@ -128,6 +129,7 @@ class History:
                 self._activated(event)
             case StepScheduled():
                 self.steps[event.position] = StepState(event)
+                known.meet(self.known, event)
             case StepStarted():
                 step = self.step(event.position)
                 step.attempt = max(step.attempt, event.attempt)
@@ -215,6 +217,7 @@ class History:
 
     def _end_step(self, position: str, how: str, attempt: int) -> None:
         step = self.steps[position]
+        self.known.pop(position, None)
         step.ended = how
         step.waiting = step.dispatched = False
         step.retry_at = None
@@ -296,6 +299,7 @@ class History:
                     self.open_timers[event.position] = now + max(0.0, due[event.position] - event.at)
                 elif isinstance(event, TimerStarted):
                     self.open_timers.pop(event.position, None)
+            self.known.update(known.known_from(self.script[cut:]))
             self.script = [_redone(event, positions) for event in self.script[:cut]]
             self.deferred = later
         for position in positions & self.steps.keys():

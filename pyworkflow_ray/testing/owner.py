@@ -27,7 +27,7 @@ from pyworkflow_ray.engine.events import (
     RunPaused,
     StepStarted,
 )
-from pyworkflow_ray.engine.history import failed_positions
+from pyworkflow_ray.engine.history import History, failed_positions
 from pyworkflow_ray.errors import NonDeterminismError, RunError
 from pyworkflow_ray.execution.code import load_step, load_workflow
 from pyworkflow_ray.execution.hooks import run_has_failed
@@ -152,7 +152,11 @@ class Owner:
         activation = RunActivated(
             epoch=self._epoch, cause=cause, charged=charged, worker="test", node="test", resets=resets or []
         )
-        driver.activate(self.store.events(), activation, self._now())
+        events = self.store.events()
+        if resets:  # of what the body did after the failure it may do something else now
+            history = History.of([*events, activation.model_copy(update={"seq": len(events)})])
+            self.store.completed &= {p for p, step in history.steps.items() if step.ended == "completed"}
+        driver.activate(events, activation, self._now())
         if then is not None:
             then(driver)
         self._carry_out(driver)

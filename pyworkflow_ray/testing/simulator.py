@@ -107,6 +107,7 @@ class Simulator:
         self._limits = limits or Limits()
         self._cancel_at = cancel_at
         self._mend = mend
+        self._done: dict[str, tuple[str, str]] = {}  # what had completed after a failure that a resume took back
         self._unknown: set[str] = set()  # positions of steps that may not be executed again
         self.codec: Codec = StorageCodec(MemoryBlobs())
         self.store = MemoryStore()
@@ -187,10 +188,13 @@ class Simulator:
         self._driver = driver = Driver(self._flow, self.codec, limits=self._limits, rng=self._rng)
         activation = RunActivated(epoch=self._epoch, cause=cause, charged=charged, resets=resets or [])
         events = self.store.events()
-        if resets:  # what was begun after the failure never happened
+        if resets:  # what was begun after the failure never happened, but what completed is not executed again
+            before = History.of(events)
             history = History.of([*events, activation.model_copy(update={"seq": len(events)})])
             self.store.completed &= completed_steps(history)
             self._unknown &= history.steps.keys()
+            calls = {p: before.steps[p].event for p in completed_steps(before) - history.steps.keys()}
+            self._done = {p: (call.step, repr(call.args)) for p, call in calls.items()}
         driver.activate(events, activation, self._now)
         if then is not None:
             then(driver)
@@ -330,6 +334,8 @@ class Simulator:
             return
         if call.position in self.store.completed:
             raise AssertionError(f"seed {self.result.seed}: completed step {call.position} is executed again")
+        if self._done.get(call.position) == (call.step, repr(call.args)):
+            raise AssertionError(f"seed {self.result.seed}: a resume executes {call.position} again")
         if call.position in self._unknown:
             raise AssertionError(f"seed {self.result.seed}: {call.position} is not idempotent and executed again")
         if not call.policy.idempotent:

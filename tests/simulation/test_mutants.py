@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pyworkflow_ray.engine import known
 from pyworkflow_ray.engine.commands import Append, Dispatch
 from pyworkflow_ray.engine.driver import Driver
 from pyworkflow_ray.engine.history import History
@@ -110,6 +111,10 @@ def _forget_what_came_after_the_failure(monkeypatch):
     monkeypatch.setattr(History, "_reset", drop)
 
 
+def _execute_what_is_known_again(monkeypatch):
+    monkeypatch.setattr(known, "known_from", lambda taken_back: {})
+
+
 def _count_the_events_on_after_a_resume(monkeypatch):
     activated = History._activated
 
@@ -135,6 +140,7 @@ def _count_the_events_on_after_a_resume(monkeypatch):
         _resume_without_taking_back_what_followed_the_failure,
         _forget_what_came_after_the_failure,
         _count_the_events_on_after_a_resume,
+        _execute_what_is_known_again,
     ],
     ids=lambda mutant: mutant.__name__.strip("_"),
 )
