@@ -409,6 +409,34 @@ async def test_keys_and_rates_of_breakers_work_too(workflow_env):
     assert rated.key("a").state == "closed"
 
 
+async def test_a_step_waits_for_its_breaker_without_spending_attempts(workflow_env):
+    outage = pw.CircuitBreaker("kit-outage", failure_threshold=1, recovery_timeout="1h")
+    down = [1]
+
+    @pw.step(breaker=outage)
+    async def finds_it_down() -> None:
+        raise ConnectionError("down")
+
+    @pw.step(breaker=outage, on_open="wait")
+    async def waits() -> int:
+        assert not down
+        return pw.current_step().attempt
+
+    @pw.workflow
+    async def flow() -> int:
+        with pytest.raises(ConnectionError):
+            await finds_it_down()
+        return await waits()
+
+    began = workflow_env.now()
+    handle = workflow_env.start(flow)
+    await workflow_env.advance("30m")
+    assert handle.status() == "parked"
+    down.clear()
+    assert await handle == 1
+    assert 3600 <= (workflow_env.now() - began).total_seconds() < 4000
+
+
 async def test_retry_budgets_are_the_environments_own():
     budget = pw.RetryBudget("kit-budget", tokens=20, retry_cost=14)
 
