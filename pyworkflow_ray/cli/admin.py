@@ -152,6 +152,5 @@ def _open(storage_path: Path | None) -> Storage:
     return Storage.open(opt.storage_root(storage_path), create=False)
 
 
-breakers = opt.unavailable("breakers", "in Python: breaker.state")
 health = opt.unavailable("health", "see: pyworkflow-ray runs list --stuck")
 doctor = opt.unavailable("doctor", "see: pyworkflow-ray storage verify")

@@ -23,7 +23,7 @@ COMMANDS = {
     "recover": "pyworkflow_ray.cli.run:recover",
     "sql": "pyworkflow_ray.cli.admin:sql",
     "storage": "pyworkflow_ray.cli.admin:storage",
-    "breakers": "pyworkflow_ray.cli.admin:breakers",
+    "breakers": "pyworkflow_ray.cli.breakers:breakers",
     "health": "pyworkflow_ray.cli.admin:health",
     "doctor": "pyworkflow_ray.cli.admin:doctor",
 }

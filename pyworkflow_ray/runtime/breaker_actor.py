@@ -5,13 +5,14 @@ is started (`settings_of`). Calls `runtime.breaker_link` and the pure `resilienc
 a thin shell: it adds a clock, and waiting.
 
 Faults: the actor may die at any time (`breaker_link` says what follows); its memory then comes back from the processes
-that use it. A breaker that no living process knows begins closed.
+that use it, and states from the storage of the process that made it. What neither knows begins closed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import threading
 import time
@@ -30,9 +31,13 @@ from pyworkflow_ray.resilience.mirror import Message, Mirror, Reply
 from pyworkflow_ray.resilience.truth import Truth
 from pyworkflow_ray.runtime.breaker_channel import KEY_IDLE_S, Channel, session_id
 from pyworkflow_ray.runtime.breaker_link import WAIT_S, Link, new_process_id
+from pyworkflow_ray.storage.breaker_states import BreakerStates
+
+log = logging.getLogger("pyworkflow_ray.breaker")
 
 NAMESPACE = "pyworkflow_ray"
 GATHER_S = 0.05  # counts travel to the processes at most so often; changes of state at once
+MAX_KEPT = 10_000  # keys whose state is kept
 MAX_WATCHERS = 10_000  # calls that wait in the actor, one a process
 
 
@@ -50,7 +55,7 @@ class _Cell:
 class BreakerActor:
     """The one holder of a breaker's state and of its keys'. All methods run on one event loop: none needs a lock."""
 
-    def __init__(self, name: str, options: dict[str, Any], lineage: str) -> None:
+    def __init__(self, name: str, options: dict[str, Any], lineage: str, root: str | None = None) -> None:
         self._name = name
         self._settings = BreakerSettings.from_options(options)
         self._lineage = lineage
@@ -59,6 +64,10 @@ class BreakerActor:
         self._changes = 0
         self._urgent = 0  # the latest change of a state
         self._changed = asyncio.Event()
+        self._kept = None if root is None else BreakerStates(root, name)
+        self._saving: asyncio.Task[None] | None = None
+        self._saved = 0  # the latest change of a state that is kept
+        self._restore()
 
     def __repr__(self) -> str:
         return f"breaker({self._name})"
@@ -69,10 +78,10 @@ class BreakerActor:
         for key, message in messages:
             now = time.monotonic()
             cell = self._cell(key, now)
-            before, generation = cell.truth.breaker.version, cell.truth.breaker.generation
+            before, was = cell.truth.breaker.version, self._kept_of(cell)
             replies.append(cell.truth.handle(message, now))
             if cell.truth.breaker.version != before:
-                self._announce(cell, urgent=cell.truth.breaker.generation != generation)
+                self._announce(cell, urgent=self._kept_of(cell) != was)
         self._drop_idle(time.monotonic())
         return replies
 
@@ -107,6 +116,36 @@ class BreakerActor:
     async def settings(self) -> dict[str, Any]:
         return self._settings.as_options()
 
+    def _restore(self) -> None:
+        """Begin with what was kept; what mirrors know better they show, and it is taken over."""
+        kept = None if self._kept is None else self._kept.load()
+        if kept is None:
+            return
+        states, saved_at = kept
+        now, age_s = time.monotonic(), time.time() - saved_at
+        for key, state in states:
+            try:
+                self._cell(key, now).truth.restore(state, age_s, now)
+            except (KeyError, TypeError, ValueError) as error:
+                log.error("circuit breaker %r: the kept state of key %r can't be used: %r", self._name, key, error)
+
+    def _keep(self) -> None:
+        """A state has changed: write it down, in the background; what changes meanwhile goes along or comes after."""
+        if self._kept is not None and (self._saving is None or self._saving.done()):
+            self._saving = asyncio.get_running_loop().create_task(self._save())
+
+    async def _save(self) -> None:
+        assert self._kept is not None
+        while self._saved < self._urgent:
+            now, upto = time.monotonic(), self._urgent
+            states = [(key, cell.truth.save(now)) for key, cell in self._cells.items() if not cell.truth.idle]
+            try:
+                await asyncio.to_thread(self._kept.save, states[-MAX_KEPT:], time.time())
+            except OSError as error:
+                log.warning("circuit breaker %r: its state can't be kept in %s: %s", self._name, self._kept.path, error)
+                return
+            self._saved = upto
+
     def _cell(self, key: str | None, now: float) -> _Cell:
         cell = self._cells.get(key)
         if cell is None:
@@ -114,6 +153,11 @@ class BreakerActor:
         cell.used_at = now
         self._cells.move_to_end(key)
         return cell
+
+    @staticmethod
+    def _kept_of(cell: _Cell) -> tuple[int, BreakerSettings]:
+        """What of a state is told at once, and kept; counts are not."""
+        return cell.truth.breaker.generation, cell.truth.breaker.settings
 
     def _drop_idle(self, now: float) -> None:
         """Forget keys that say nothing and were not used for a while: a few an exchange, the longest unused first."""
@@ -138,6 +182,7 @@ class BreakerActor:
         cell.changed_at = self._changes
         if urgent:
             self._urgent = self._changes
+            self._keep()
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -167,8 +212,17 @@ def _make(name: str, settings: BreakerSettings, lineage: str) -> Any:
             max_concurrency=MAX_WATCHERS,
             enable_task_events=False,
         )
-        .remote(name, settings.as_options(), lineage or uuid.uuid4().hex)
+        .remote(name, settings.as_options(), lineage or uuid.uuid4().hex, _ROOT)
     )
+
+
+_ROOT: str | None = None  # the storage of this process
+
+
+def keep_in(root: str) -> None:
+    """Breakers that this process makes from now on keep their states in this storage."""
+    global _ROOT
+    _ROOT = root
 
 
 _LINKS: dict[str, Link] = {}  # by full name

@@ -22,6 +22,7 @@ from ray import exceptions as rx
 from pyworkflow_ray.engine.events import CodeEnvironment, RunCreated
 from pyworkflow_ray.errors import PyWorkflowError, StorageError
 from pyworkflow_ray.execution.environment import capture_environment
+from pyworkflow_ray.runtime.breaker_actor import keep_in
 from pyworkflow_ray.runtime.controller import GROUPS, Controller
 from pyworkflow_ray.runtime.dispatcher import make_anchor
 from pyworkflow_ray.runtime.embedded import ensure_ray
@@ -51,6 +52,7 @@ class Client:
         self.environment = environment
         self.owns_ray = owns_ray
         self.codec = StorageCodec(storage, allow_pickle=config.allow_pickle)
+        keep_in(storage.root)
         self._controller: Any = None
         self._closed = False
         self._cpus = max(1, int(cluster_resources().get("CPU", 1)))

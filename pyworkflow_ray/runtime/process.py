@@ -14,7 +14,7 @@ from typing import Any
 
 from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.runtime import budget_actor  # noqa: F401  brings the cluster's retry budgets into this process
-from pyworkflow_ray.runtime.breaker_actor import guard_for
+from pyworkflow_ray.runtime.breaker_actor import guard_for, keep_in
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.storage.codec import StorageCodec
 from pyworkflow_ray.storage.storage import Storage
@@ -29,6 +29,7 @@ class Process:
         self.config = config
         self.storage = Storage.open(config.storage, create=False)
         self.codec = StorageCodec(self.storage, allow_pickle=config.allow_pickle)
+        keep_in(self.storage.root)
         self.worker = f"{os.getpid()}"
         self.node = node_name()
 

@@ -226,3 +226,16 @@ def retries_far(flag: str) -> str:
 @pw.workflow
 async def flagged(flag: str, far: bool) -> str:
     return await (retries_far if far else needs_flag)(flag)
+
+
+dead_host = pw.CircuitBreaker("flows-dead-host", failure_threshold=1, recovery_timeout=4)
+
+
+@pw.step(breaker=dead_host, on_open="wait")
+def ask_host(n: int) -> tuple[int, int]:
+    return n, pw.current_step().attempt
+
+
+@pw.workflow
+async def waits_for_its_host(n: int) -> tuple[int, int]:
+    return await ask_host(n)

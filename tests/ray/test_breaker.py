@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +22,11 @@ from pyworkflow_ray.execution.breakers import CircuitGuard
 from pyworkflow_ray.resilience.breaker import BreakerEvent, BreakerSettings
 from pyworkflow_ray.resilience.mirror import Mirror
 from pyworkflow_ray.resilience.policy import RetryPolicy
+from pyworkflow_ray.runtime import breaker_actor, breaker_link
 from pyworkflow_ray.runtime.breaker_actor import _LINKS, NAMESPACE, _make, actor_name, guard_for, settings_of
 from pyworkflow_ray.runtime.breaker_channel import Channel
 from pyworkflow_ray.runtime.breaker_link import Link, new_process_id, session_id
+from pyworkflow_ray.storage.breaker_states import BreakerStates
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -81,6 +84,38 @@ class Process:
             return "succeeded", guard.generation
         permit.failure("transient", error)
         return "failed", guard.generation
+
+    def force(self, breaker: CircuitBreaker, how: str, **options: Any) -> None:
+        getattr(breaker, how)(**options)
+
+    def listen(self, breaker: CircuitBreaker) -> None:
+        self.heard: list[tuple[str | None, str, str]] = []
+        breaker.on_state_change(lambda change: self.heard.append((change.key, change.old.value, change.new.value)))
+
+    def told(self) -> list[tuple[str | None, str, str]]:
+        return self.heard
+
+    def race(self, breaker: CircuitBreaker, until: float) -> list[tuple[float, float]]:
+        """Ask again and again, from eight threads; when each call that was let through ran."""
+        ran: list[tuple[float, float]] = []
+
+        def ask() -> None:
+            while time.time() < until:
+                try:
+                    with breaker:
+                        began = time.time()
+                        time.sleep(0.005)
+                        ran.append((began, time.time()))
+                        raise ConnectionError("still dead")
+                except Exception:
+                    time.sleep(0.001)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return ran
 
     def probe_and_die(self, breaker: CircuitBreaker) -> None:
         with breaker:
@@ -331,3 +366,102 @@ def test_the_permit_of_a_killed_process_ends_with_its_lease() -> None:
     with breaker:
         pass
     assert breaker.state == "closed"
+
+
+# Keys, forces, listeners, the half-open edge, storage -----------------------------------------------------------------
+
+
+def test_case_18_one_actor_holds_all_keys_and_each_is_a_breaker_of_the_cluster(processes: list[Any]) -> None:
+    breaker = new(2)
+    first, second = processes
+    ray.get(first.fail.remote(breaker.key("a"), 2))
+    assert ray.get(second.fail.remote(breaker.key("a"), 1)) == ["CircuitOpenError"]
+    assert ray.get(second.fail.remote(breaker.key("b"), 1)) == ["ConnectionError"]
+    assert breaker.state == "closed"
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    assert [name for name in names if breaker.name in name] == [actor_name(breaker.name)]
+    keys = dict(ray.get(actor_of(breaker).snapshot.remote()))
+    assert {key: view.state for key, view in keys.items()} == {None: "closed", "a": "open", "b": "closed"}
+
+
+def test_forces_and_settings_hold_in_every_process(processes: list[Any]) -> None:
+    breaker = new(2)
+    first, second = processes
+    assert ray.get([process.succeed.remote(breaker) for process in processes]) == ["ok", "ok"]
+    ray.get(first.force.remote(breaker, "force_open"))
+    assert ray.get(second.state.remote(breaker)) == "forced_open"
+    with pytest.raises(CircuitOpenError) as refused:
+        ray.get(second.succeed.remote(breaker))
+    assert refused.value.retry_after is None
+    breaker.reset()
+    ray.get(second.force.remote(breaker, "configure", failure_threshold=1))
+    assert breaker.snapshot().settings["failure_threshold"] == 1
+    assert ray.get(first.fail.remote(breaker, 2)) == ["ConnectionError", "CircuitOpenError"]
+    assert breaker.state == "open"  # declared settings are compared, never configured ones
+
+
+def test_a_listener_hears_of_what_another_process_caused(processes: list[Any]) -> None:
+    breaker = new(1)
+    first, second = processes
+    ray.get(first.listen.remote(breaker))
+    assert ray.get(first.state.remote(breaker)) == "closed"
+    ray.get(second.fail.remote(breaker, 1))
+    eventually(lambda: ray.get(first.told.remote()) == [(None, "closed", "open")])
+    ray.get(second.force.remote(breaker, "reset"))
+    eventually(lambda: ray.get(first.told.remote())[1:] == [(None, "open", "closed")])
+
+
+def test_case_6_a_race_at_the_half_open_edge_never_runs_more_probes_than_permits(processes: list[Any]) -> None:
+    breaker = CircuitBreaker(
+        f"test-{uuid.uuid4().hex}", failure_threshold=1, recovery_timeout=0.02, half_open_max_calls=2
+    )
+    assert ray.get(processes[0].fail.remote(breaker, 1)) == ["ConnectionError"]
+    assert ray.get([process.state.remote(breaker) for process in processes]) == ["open", "open"]
+    until = time.time() + 1.5
+    ran = [span for spans in ray.get([p.race.remote(breaker, until) for p in processes]) for span in spans]
+    assert len(ran) > 10
+    edges = sorted([(began, 1) for began, _ in ran] + [(ended, -1) for _, ended in ran])
+    at_once = most = 0
+    for _, step in edges:
+        at_once += step
+        most = max(most, at_once)
+    assert most <= 2
+
+
+def test_case_13_a_new_actor_begins_with_the_state_in_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker_actor, "_ROOT", str(tmp_path))
+    breaker = new(1)
+    assert call_dead_service(breaker, 1) == ["ConnectionError"]
+    assert call_dead_service(breaker.key("k"), 1) == ["ConnectionError"]
+    kept = BreakerStates(str(tmp_path), breaker.name)
+    eventually(lambda: len((kept.load() or ([], 0.0))[0]) == 2)
+    for link in list(_LINKS.values()):
+        if link.name == breaker.name:  # nobody in the cluster knows it any more
+            link.close()
+    ray.kill(actor_of(breaker), no_restart=True)
+    assert breaker.state == "open"
+    assert breaker.key("k").state == "open"
+    assert 500 < (breaker.snapshot().retry_after or 0) <= 600
+
+
+def test_case_13_with_an_unreachable_actor_a_process_goes_on_by_its_own_evidence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(breaker_link, "WAIT_S", 0.3)
+
+    def make(lineage: str) -> Any:
+        raise ConnectionError("nowhere to make it")
+
+    name = f"test-{uuid.uuid4().hex}"
+    channel = Channel(name, lambda: None, make, session_id() or "")
+    link = Link(name, Mirror(new_process_id(), BreakerSettings(2, 0.2)), channel)
+    eventually(lambda: channel.unreachable(time.monotonic(), 0.3))
+    for _ in range(2):
+        link.enter().failure("transient", ConnectionError())
+    with pytest.raises(CircuitOpenError):
+        link.enter()
+    eventually(lambda: time.monotonic() > channel.down_since + 0.9)  # its recovery timeout is over
+    link.enter().success()  # the one probe of this process
+    link.enter().success()
+    assert caplog.text.count("does not answer") == 1
+    link.close()

@@ -1,0 +1,68 @@
+"""A circuit breaker's states over the restart of whoever holds them: one small file a breaker.
+
+Called by the breaker's actor; calls `checked` and `disk`. The file carries a check of its content and of its name; it
+is replaced as a whole, so a crash leaves the old one or the new one. The wall clock says how old a state is: a clock
+that was set back makes it look younger, and the rest of an open time is clamped by its reader.
+
+Faults: the file is damaged, or was written for another breaker: it is reported and the breaker begins closed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from typing import Any
+
+from pyworkflow_ray.errors import CorruptJournalError
+from pyworkflow_ray.storage.checked import decode_checked, encode_checked
+from pyworkflow_ray.storage.directory import ensure_directory
+from pyworkflow_ray.storage.disk import Disk
+
+log = logging.getLogger("pyworkflow_ray.storage")
+
+DIRECTORY = "breakers"
+VERSION = 1
+
+States = list[tuple[str | None, dict[str, Any]]]  # key (None: the breaker itself) and what `Truth.save` gave
+
+
+class BreakerStates:
+    """The states of one breaker in one storage."""
+
+    def __init__(self, root: str, name: str, disk: Disk | None = None) -> None:
+        self._disk = disk or Disk()
+        self._name = name
+        self._directory = os.path.join(root, DIRECTORY)
+        self._file = hashlib.sha256(name.encode()).hexdigest()[:32] + ".json"
+        self.path = os.path.join(self._directory, self._file)
+
+    def save(self, states: States, at: float) -> None:
+        """Replace what is kept, durably. at: UNIX time.
+
+        Raises:
+            OSError: the storage can't be written.
+        """
+        ensure_directory(self._disk, self._directory)
+        content = {"version": VERSION, "name": self._name, "saved_at": at, "states": [list(one) for one in states]}
+        temporary = f"{self.path}.{self._disk.token()}"
+        self._disk.write_file(temporary, encode_checked(self._place, content))
+        self._disk.rename(temporary, self.path)
+        self._disk.sync_dir(self._directory)
+
+    def load(self) -> tuple[States, float] | None:
+        """What was kept and when; None where nothing was, or it can't be read (which is logged)."""
+        try:
+            content = decode_checked(self._place, self._disk.read(self.path), self.path)
+            if content["version"] != VERSION:
+                raise ValueError(f"written by a newer version ({content['version']})")
+            return [(key, dict(state)) for key, state in content["states"]], float(content["saved_at"])
+        except FileNotFoundError:
+            return None
+        except (CorruptJournalError, OSError, KeyError, TypeError, ValueError) as error:
+            log.error("circuit breaker %r begins closed, its kept state can't be read: %s", self._name, error)
+            return None
+
+    @property
+    def _place(self) -> str:
+        return f"{DIRECTORY}/{self._file}"
