@@ -94,3 +94,19 @@ def stuck_at_one(n: int) -> int:
 async def stuck() -> list[str]:
     batch = await stuck_at_one.map(range(3), chunk_size=3)
     return [type(r).__name__ for r in batch.results]
+
+
+@pw.step(num_cpus=0.1, max_recoveries=50)
+def noted(given: list[Any]) -> int:
+    n, ledger = given
+    note(ledger, f"{n} {os.getpid()} {pw.current_step().idempotency_key}")
+    time.sleep(0.002)
+    return int(n)
+
+
+@pw.workflow(max_recoveries=100)
+async def long_map(ledger: str, items: int) -> int:
+    batch = await noted.map(([n, ledger] for n in range(items)), concurrency=4, chunk_size=25)
+    batch.raise_if_failed()
+    assert batch.results == list(range(items))
+    return len(batch)

@@ -10,7 +10,7 @@ from typing import Any
 import batch_flows
 import pytest
 from click.testing import CliRunner
-from processes import kill, until
+from processes import descendants, kill, until
 
 import pyworkflow_ray as pw
 from pyworkflow_ray.cli.main import cli
@@ -79,6 +79,29 @@ def test_a_killed_run_actor_repeats_no_finished_chunk(tmp_path: Path) -> None:
     until(lambda: len([e for e in handle.events() if isinstance(e, RunActivated)]) == 2, "the run is taken up")
     gate.touch()
     check(handle, ledger)
+
+
+@pytest.mark.slow
+def test_a_map_survives_the_sigkill_of_its_workers_and_its_actor_again_and_again(tmp_path: Path) -> None:
+    ledger, kills = tmp_path / "ledger", 0
+    handle = pw.start(batch_flows.long_map, str(ledger), 4000)
+    while not handle.done() and kills < 20:
+        before = len(executed(ledger))
+        until(lambda known=before: len(executed(ledger)) >= known + 100 or handle.done(), "it goes on")  # type: ignore[misc]
+        if handle.done():
+            break
+        pid = owner_of(handle) if kills % 2 else executed(ledger)[-1][1]
+        if pid in descendants():  # ours, and it has not ended meanwhile
+            kill(pid)
+            kills += 1
+    assert handle.result(120) == 4000
+    assert kills >= 5
+    covered = [n for e in handle.events() if isinstance(e, ChunkCompleted) for n in range(e.first, e.first + e.count)]
+    assert sorted(covered) == list(range(4000))
+    again = {n for n, count in Counter(n for n, _, _ in executed(ledger)).items() if count > 1}
+    assert len(again) <= (kills + 1) * 4 * 25
+    keys = {n: {key for m, _, key in executed(ledger) if m == n} for n in list(again)[:50]}
+    assert all(len(found) == 1 for found in keys.values())
 
 
 @pytest.mark.slow  # two workers end themselves, each 2 s after the timeout
