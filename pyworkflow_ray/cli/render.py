@@ -174,6 +174,9 @@ def detail(event: ev.Event, view: RunView, zone: dt.tzinfo) -> str:
             wait = f", waits {format_duration(event.delay_s)}" if event.delay_s is not None else ""
             reason = f" ({event.delay_reason})" if event.delay_reason else ""
             return f"attempt {event.attempt}: {event.error.kind} · {error_view(event.error).line}{wait}{reason}"
+        case ev.AttemptsCounted():
+            counts = ", ".join(f"{name} {count}" for name, count in event.counts.items())
+            return f"attempts {event.first} to {event.last}: {counts}"
         case ev.StepScheduled():
             return ", ".join(payload_text(p) for p in event.args)[:80]
         case ev.MapScheduled():

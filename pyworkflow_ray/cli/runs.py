@@ -210,7 +210,5 @@ def _repeat(draw: Callable[[], tuple[bool, int]], screen: Screen, watch: bool, i
 
 for _command in (cancel, pause, rerun, resume, wake):
     runs.add_command(_command)
-for _name, _instead in (
-    ("summary", "see: pyworkflow-ray runs list"),
-):
+for _name, _instead in (("summary", "see: pyworkflow-ray runs list"),):
     runs.add_command(opt.unavailable(_name, _instead))

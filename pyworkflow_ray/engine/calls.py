@@ -8,7 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pyworkflow_ray.engine.events import AttemptFailed, CodeRef, ErrorInfo, ItemFailure, ItemWaiting, Kind, Payload
+from pyworkflow_ray.engine.events import (
+    AttemptRecord,
+    CodeRef,
+    ErrorInfo,
+    ItemFailure,
+    ItemWaiting,
+    Kind,
+    Payload,
+)
 from pyworkflow_ray.resilience.policy import RetryPolicy
 
 
@@ -110,7 +118,7 @@ class Outcome:
     dispatch: int
     status: Literal["completed", "failed", "handed_back", "cancelled"]
     attempt: int
-    attempts: list[AttemptFailed] = field(default_factory=list)
+    attempts: list[AttemptRecord] = field(default_factory=list)
     result: Payload | None = None
     error: ErrorInfo | None = None
     why: str = ""

@@ -23,7 +23,7 @@ from pyworkflow_ray.engine.calls import ChunkCall, Codec, Outcome, StepCall
 from pyworkflow_ray.engine.commands import Append, CancelDispatch, Dispatch, Effect, Finish, Limits, Park, Pause
 from pyworkflow_ray.engine.events import (
     TERMINAL,
-    AttemptFailed,
+    AttemptNote,
     BodyAbandoned,
     Event,
     RunActivated,
@@ -137,17 +137,14 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
         self._open_chunks(now, recorded - set(activation.resets))
         self._settle(now)
 
-    def record(self, event: StepStarted | AttemptFailed, now: float) -> None:
+    def record(self, event: AttemptNote, now: float) -> None:
         """A note streamed by a worker; repeated and stale ones are dropped. A cancelled step keeps none."""
         self._now = now
         step = self._current(event.position, event.dispatch)
-        if step is None or (isinstance(event, AttemptFailed) and event.attempt in step.failed_attempts):
+        if step is None:
             return
-        if isinstance(event, StepStarted) and event.attempt <= step.attempt:
-            return
-        follows = event.attempt == step.first_attempt or event.attempt - 1 in step.failed_attempts
-        if isinstance(event, AttemptFailed) and not follows:
-            return  # it has overtaken the one before: the outcome brings both, in order
+        if event.attempt <= step.attempt if isinstance(event, StepStarted) else not step.follows(event):
+            return  # what has overtaken others comes with the outcome, in order
         self._note(event.model_copy(update={"at": now}))
 
     def outcome(self, outcome: Outcome, now: float) -> None:
@@ -164,7 +161,7 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
             self._deliver(chunks.completed(step.chunk, outcome, self._is_last(step), now), now)
             return self._settle(now)
         for attempt in outcome.attempts:
-            if attempt.attempt not in step.failed_attempts:
+            if not step.has(attempt):
                 self._note(attempt.model_copy(update={"at": now}))
         position, dispatch = outcome.position, outcome.dispatch
         if outcome.status == "completed" and outcome.result is not None:

@@ -298,6 +298,27 @@ class AttemptFailed(Event):
     why: str = Field(default="", exclude_if=lambda why: not why)  # as in `step_failed`, where no attempt follows
 
 
+class AttemptsCounted(Event):
+    """Note: attempts `first` to `last` failed, each followed by another. Of a step that is retried very often only the
+    first and last are recorded whole; these are counted, by the types of their errors. Those of them that turn out to
+    be the last follow whole, as `attempt_failed`, with the step's outcome."""
+
+    SAFE: ClassVar[bool] = True
+
+    type: Literal["attempts_counted"] = "attempts_counted"
+    position: str
+    dispatch: int
+    first: int
+    last: int
+    started_at: float
+    ended_at: float
+    counts: dict[str, int] = Field(default_factory=dict)
+
+
+AttemptRecord = AttemptFailed | AttemptsCounted
+AttemptNote = StepStarted | AttemptRecord  # what a worker streams of an execution
+
+
 class StepHandedBack(Event):
     """Note: the wait before the next attempt is long, so the worker was given back; the run dispatches at `due_at`.
 
@@ -516,6 +537,7 @@ AnyEvent = Annotated[
         StepStarted,
         StepDispatched,
         AttemptFailed,
+        AttemptsCounted,
         StepHandedBack,
         StepLost,
         StepCompleted,

@@ -17,6 +17,8 @@ from pyworkflow_ray.engine.events import (
     INPUTS,
     TERMINAL,
     AttemptFailed,
+    AttemptRecord,
+    AttemptsCounted,
     ChunkCompleted,
     ErrorInfo,
     Event,
@@ -38,6 +40,8 @@ from pyworkflow_ray.engine.events import (
     TimerFired,
     TimerStarted,
 )
+
+MAX_PREVIOUS = 1_000  # earlier failures that an attempt can read
 
 
 @dataclass(slots=True)
@@ -66,7 +70,23 @@ class StepState:
     dispatched: bool = False
     previous: list[PreviousFailure] = field(default_factory=list)
     failed_attempts: set[int] = field(default_factory=set)
+    counted_to: int = 0  # of attempts up to this one some are only counted
     verdict: AttemptFailed | None = None  # the last attempt, after which none follows: the step's failure is due
+
+    def knows(self, attempt: int) -> bool:
+        """Whether the log has this attempt's failure."""
+        return attempt in self.failed_attempts or 0 < attempt <= self.counted_to
+
+    def has(self, record: AttemptRecord) -> bool:
+        """Whether the log has this very record; one that was counted may still come whole."""
+        if isinstance(record, AttemptsCounted):
+            return self.knows(record.last)
+        return record.attempt in self.failed_attempts
+
+    def follows(self, event: AttemptRecord) -> bool:
+        """Whether the log has all before it, and not it itself; a streamed record may be late, or overtake others."""
+        first, last = (event.first, event.last) if isinstance(event, AttemptsCounted) else (event.attempt,) * 2
+        return not self.knows(last) and (first == self.first_attempt or self.knows(first - 1))
 
     def begin(self, at: float) -> None:
         """An attempt began, or the wait for the first one: the total timeout counts from the earliest.
@@ -140,6 +160,8 @@ class History:
                 self._dispatched(event)
             case AttemptFailed():
                 self._attempt_failed(event)
+            case AttemptsCounted():
+                self._attempts_counted(event)
             case StepHandedBack():
                 step = self.step(event.position)
                 step.waiting, step.dispatched, step.retry_at = True, False, event.due_at
@@ -229,11 +251,24 @@ class History:
         if event.policy is not None:
             step.event = step.event.model_copy(update={"policy": event.policy})
 
+    def _attempts_counted(self, event: AttemptsCounted) -> None:
+        step = self.step(event.position)
+        if step.knows(event.last):
+            return
+        step.counted_to = event.last
+        step.attempt = max(step.attempt, event.last)
+        step.retries_used += event.last - event.first + 1
+        step.begin(event.started_at)
+        step.started_at = step.retry_at = step.verdict = None
+
     def _attempt_failed(self, event: AttemptFailed) -> None:
         step = self.step(event.position)
         if event.attempt in step.failed_attempts:
             return
         step.failed_attempts.add(event.attempt)
+        self._remember(step, event)
+        if event.attempt <= step.counted_to:
+            return  # it has been counted, only its details are new
         step.attempt = max(step.attempt, event.attempt)
         step.retries_used += 1
         step.begin(event.started_at)
@@ -241,8 +276,13 @@ class History:
         step.last_error = event.error
         step.retry_at = event.retry_at
         step.verdict = event if event.retry_at is None else None
+
+    @staticmethod
+    def _remember(step: StepState, event: AttemptFailed) -> None:
         failure = PreviousFailure(event.attempt, event.error.kind, event.error.type, event.error.message, event.delay_s)
-        step.previous = [*step.previous[-99:], failure]
+        step.previous.append(failure)
+        if len(step.previous) > MAX_PREVIOUS:  # the first and the last
+            del step.previous[MAX_PREVIOUS // 2]
 
     def _activated(self, event: RunActivated) -> None:
         unseen = event.epoch - max(self.epoch, 0)  # this loss, and those of owners that died before they wrote a word

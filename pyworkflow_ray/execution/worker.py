@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pyworkflow_ray.engine.calls import Codec, Outcome, StepCall
-from pyworkflow_ray.engine.events import AttemptFailed, ErrorInfo, StepStarted
+from pyworkflow_ray.engine.events import AttemptFailed, AttemptNote, ErrorInfo, StepStarted
 from pyworkflow_ray.errors import StepFailedError
 from pyworkflow_ray.execution.attempts import Ended, FailedAttempt, Guard, Plan, RunAttempt, attempts, message_of
 from pyworkflow_ray.execution.budgets import Budget, budget_of
@@ -30,13 +30,12 @@ from pyworkflow_ray.execution.definitions import StepDefinition
 from pyworkflow_ray.execution.hooks import RetryEvent, adopt_hooks, hooked, tell
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.perform import Work, drive, drive_async
+from pyworkflow_ray.execution.records import Records
 from pyworkflow_ray.execution.same_errors import encoded_once
 from pyworkflow_ray.execution.worker_loop import WorkerLoop, worker_loop
 from pyworkflow_ray.resilience.taxonomy import Kind, adopt_kinds, classify
 
-MAX_RECORDS = 1_000  # of one dispatch; they have been streamed one by one, the outcome repeats them
-
-Report = Callable[[StepStarted | AttemptFailed], None]
+Report = Callable[[AttemptNote], None]
 
 RNG = random.Random()
 os.register_at_fork(after_in_child=RNG.seed)
@@ -181,7 +180,7 @@ class Execution:
         adopt_hooks(call.hooks, codec.decode)
         self.scope = scope_of(call)
         self.key = self.scope.key
-        self.records: list[AttemptFailed] = []
+        self.records = Records(report)
         self.budget: Budget | None = None
         self._unusable: Exception | None = None
         try:
@@ -259,6 +258,8 @@ class Execution:
         )
 
     def started(self, attempt: int, at: float) -> None:
+        if not self.records.tells_start(attempt):
+            return
         self.report(
             StepStarted(
                 at=at,
@@ -288,10 +289,7 @@ class Execution:
             node=self.node,
             why=failure.why,
         )
-        self.records.append(record)
-        if len(self.records) > MAX_RECORDS:
-            del self.records[MAX_RECORDS // 2]
-        self.report(record)
+        self.records.add(record)
         if failure.delay_s is not None and hooked("retry"):
             call = self.call
             tell_retry(failure, call.step, call.run_id, call.workflow, call.position)
@@ -311,7 +309,7 @@ class Execution:
     def outcome(self, ended: Ended, breaker: Guard | None, confirmed: Callable[[], int] | None) -> Outcome:
         outcome = self.new_outcome(ended.status, ended.attempt)
         known = 0 if confirmed is None else confirmed()
-        outcome.attempts = [record for record in self.records if record.attempt > known]
+        outcome.attempts = self.records.all(after=known)
         outcome.started_at, outcome.ended_at = ended.started_at, ended.ended_at
         outcome.breaker, outcome.retry_at, outcome.why = ended.breaker, ended.retry_at, ended.why
         if breaker is not None:

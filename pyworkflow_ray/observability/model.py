@@ -53,9 +53,15 @@ class ValueView(ViewModel):
 
 
 class AttemptView(ViewModel):
-    """One attempt of a step. `delay_s` is the wait chosen after it, `delay_reason` why it was chosen."""
+    """One attempt of a step. `delay_s` is the wait chosen after it, `delay_reason` why it was chosen.
+
+    Of a step that is retried very often it may stand for many, of which only the error types were `counts` (counted);
+    `attempt` is the first, `number` how many they are.
+    """
 
     attempt: int
+    number: int = 1
+    counts: dict[str, int] = Field(default_factory=dict)
     epoch: int
     dispatch: int
     status: AttemptStatus

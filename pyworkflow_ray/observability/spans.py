@@ -145,7 +145,7 @@ class _Maker:
         position = track.scheduled.position
         status = {"succeeded": _OK, "cancelled": _UNSET}.get(attempt.status, _failure(attempt.error, attempt.cause))
         return self._span(
-            f"{track.name} attempt {attempt.attempt}",
+            f"{track.name} attempt {attempt.attempt}" if not attempt.counts else f"{track.name}, counted attempts",
             attempt_span_id(self.uid, position, attempt.epoch, attempt.dispatch, attempt.attempt),
             step_span_id(self.uid, position),
             start,
@@ -153,6 +153,7 @@ class _Maker:
             {
                 "pyworkflow.position": position,
                 "pyworkflow.attempt": attempt.attempt,
+                "pyworkflow.attempts_counted": attempt.number if attempt.counts else None,
                 "pyworkflow.epoch": attempt.epoch,
                 "pyworkflow.dispatch": attempt.dispatch,
                 "pyworkflow.status": attempt.status,

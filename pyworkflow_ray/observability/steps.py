@@ -40,12 +40,16 @@ class Attempt:
     breaker: str | None = None
     worker: str = ""
     node: str = ""
+    number: int = 1  # of attempts that it stands for: the first of them is `attempt`
+    counts: dict[str, int] = field(default_factory=dict)
+    counted_to: int = 0
 
     def view(self) -> m.AttemptView:
         def at(value: float | None) -> object:
             return None if value is None else instant(value)
 
         data = {**self.__dict__, "error": error_view(self.error) if self.error else None}
+        del data["counted_to"]
         for name in ("started_at", "ended_at", "retry_at"):
             data[name] = at(data[name])
         return m.AttemptView(**data)
@@ -76,8 +80,18 @@ class Track:
             self._go("running")
             self.next_at = None
 
+    def attempts_counted(self, event: ev.AttemptsCounted, epoch: int) -> None:
+        attempt = self._attempt(epoch, event.dispatch, event.first)
+        attempt.status, attempt.started_at, attempt.ended_at = "failed", event.started_at, event.ended_at
+        attempt.number, attempt.counts = event.last - event.first + 1, dict(event.counts)
+        attempt.counted_to = event.last
+        self._go("retrying")
+
     def attempt_failed(self, event: ev.AttemptFailed, epoch: int) -> None:
+        late = self._uncount(event)
         attempt = self._attempt(epoch, event.dispatch, event.attempt)
+        if late:
+            self.attempts.sort(key=lambda a: (a.epoch, a.dispatch, a.attempt))
         attempt.status = "failed"
         attempt.started_at, attempt.ended_at, attempt.error = event.started_at, event.ended_at, event.error
         attempt.delay_s, attempt.delay_reason, attempt.retry_at = event.delay_s, event.delay_reason, event.retry_at
@@ -85,6 +99,18 @@ class Track:
         attempt.worker, attempt.node = event.worker or attempt.worker, event.node or attempt.node
         self.error, self.next_at = event.error, event.retry_at
         self._go("retrying")
+
+    def _uncount(self, event: ev.AttemptFailed) -> bool:
+        """Whether this one had been counted: then the count is of one less."""
+        for counted in self.attempts:
+            if counted.counts and counted.attempt <= event.attempt <= counted.counted_to:
+                counted.counts[event.error.type] -= 1
+                counted.counts = {name: number for name, number in counted.counts.items() if number}
+                counted.number -= 1
+                counted.attempt += counted.attempt == event.attempt
+                self.attempts = [a for a in self.attempts if a.number]
+                return True
+        return False
 
     def handed_back(self, event: ev.StepHandedBack) -> None:
         self.next_at = event.due_at
@@ -169,11 +195,11 @@ class Track:
 
     @property
     def tries(self) -> int:
-        return sum(a.status != "lost" for a in self.fresh)
+        return sum(a.number for a in self.fresh if a.status != "lost")
 
     @property
     def tries_failed(self) -> int:
-        return sum(a.status == "failed" for a in self.fresh)
+        return sum(a.number for a in self.fresh if a.status == "failed")
 
     @property
     def lost_count(self) -> int:
@@ -190,7 +216,7 @@ class Track:
 
     @property
     def last_failed(self) -> Attempt | None:
-        return next((a for a in reversed(self.fresh) if a.status == "failed"), None)
+        return next((a for a in reversed(self.fresh) if a.status == "failed" and not a.counts), None)
 
     @property
     def retrying(self) -> bool:

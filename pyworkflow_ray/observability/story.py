@@ -99,6 +99,8 @@ class Story:
             track.started(event, self.epoch)
         elif isinstance(event, ev.AttemptFailed):
             track.attempt_failed(event, self.epoch)
+        elif isinstance(event, ev.AttemptsCounted):
+            track.attempts_counted(event, self.epoch)
         elif isinstance(event, ev.StepHandedBack):
             track.handed_back(event)
         elif isinstance(event, ev.StepLost):
@@ -129,7 +131,7 @@ class Story:
 
     @property
     def retries(self) -> int:
-        again = sum(max(0, sum(a.status != "lost" for a in t.attempts) - 1) for t in self.steps.values())
+        again = sum(max(0, sum(a.number for a in t.attempts if a.status != "lost") - 1) for t in self.steps.values())
         return again + sum(t.retried.total() for t in self.steps.values() if isinstance(t, MapTrack))
 
     @property

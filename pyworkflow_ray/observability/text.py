@@ -113,12 +113,16 @@ def attempt_rows(step: m.StepView, view: m.RunView, tz: dt.tzinfo) -> list[list[
     rows: list[list[str]] = []
     for attempt in step.attempts:
         text = attempt.error.line if attempt.error else (attempt.cause or "").replace("_", " ")
+        number = str(attempt.attempt)
+        if attempt.counts:
+            number += f"–{attempt.attempt + attempt.number - 1}" if attempt.number > 1 else ""
+            text = ", ".join(f"{name} {count}" for name, count in attempt.counts.items())
         if attempt.error and rows and rows[-1][-1].partition("   ")[0] in (text, '"'):
             text = '"'  # the same again
         delay = "" if attempt.delay_s is None else f"{format_duration(attempt.delay_s)} {attempt.delay_reason or ''}"
         rows.append(
             [
-                str(attempt.attempt),
+                number,
                 f"{GLYPHS.get({'succeeded': 'completed'}.get(attempt.status, attempt.status), '·')} {attempt.status}",
                 clock(attempt.started_at, view.now, tz) if attempt.started_at else "",
                 "" if attempt.took_s is None else format_duration(attempt.took_s),

@@ -19,14 +19,13 @@ from pyworkflow_ray.engine.calls import Codec, Outcome, StepCall
 from pyworkflow_ray.engine.commands import Append, CancelDispatch, Dispatch, Effect, Finish, Limits, Park, Pause
 from pyworkflow_ray.engine.driver import Driver
 from pyworkflow_ray.engine.events import (
-    AttemptFailed,
+    AttemptNote,
     Event,
     RunActivated,
     RunCompleted,
     RunCreated,
     RunFailed,
     RunPaused,
-    StepStarted,
 )
 from pyworkflow_ray.errors import FencedError, StorageError
 from pyworkflow_ray.execution.hooks import run_has_failed
@@ -136,7 +135,7 @@ class ActiveRun:
     def outcome_locked(self, outcome: Outcome) -> None:
         self._input(lambda driver, now: driver.outcome(outcome, now))
 
-    def record_locked(self, event: StepStarted | AttemptFailed) -> None:
+    def record_locked(self, event: AttemptNote) -> None:
         self._input(lambda driver, now: driver.record(event, now))
 
     def lost_locked(self, position: str, dispatch: int, *, cause: str, charged: bool, message: str) -> None:
@@ -166,7 +165,7 @@ class ActiveRun:
         step = self._driver.history.steps.get(call.position) if self._driver is not None else None
         if step is None:
             return call.first_attempt, call.retries_used
-        running = step.attempt + 1 if step.attempt in step.failed_attempts else step.attempt
+        running = step.attempt + 1 if step.knows(step.attempt) else step.attempt
         return max(running, call.first_attempt), step.retries_used
 
     def due_in_s(self) -> float | None:

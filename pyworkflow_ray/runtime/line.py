@@ -25,11 +25,9 @@ from typing import Any, Protocol
 import ray
 
 from pyworkflow_ray.engine.calls import Outcome, StepCall
-from pyworkflow_ray.engine.events import AttemptFailed, StepStarted
+from pyworkflow_ray.engine.events import AttemptNote
 
 log = logging.getLogger("pyworkflow_ray.line")
-
-Note = StepStarted | AttemptFailed
 
 _HELLO_S = 10.0
 _ATTEND_S = 10.0
@@ -56,7 +54,7 @@ class Exchange:
         node: str,
         *,
         step_done: Callable[[str, Outcome | None], StepCall | None],
-        attend: Callable[[str, str, int, list[Note]], bool],
+        attend: Callable[[str, str, int, list[AttemptNote]], bool],
     ) -> None:
         self._step_done = step_done
         self._attend = attend
@@ -121,11 +119,11 @@ class Line(Protocol):
         """Hand over the outcome of the last call, get the next one; None: end. Raises where the run actor is gone."""
         ...
 
-    def note(self, host_id: str, position: str, dispatch: int, notes: Sequence[Note]) -> None:
+    def note(self, host_id: str, position: str, dispatch: int, notes: Sequence[AttemptNote]) -> None:
         """Stream attempts, waiting for nothing; they arrive before the outcome that follows. From `next`'s thread."""
         ...
 
-    def attend(self, host_id: str, position: str, dispatch: int, notes: Sequence[Note]) -> bool:
+    def attend(self, host_id: str, position: str, dispatch: int, notes: Sequence[AttemptNote]) -> bool:
         """Stream attempts and ask whether the call shall stop. From any one thread beside `next`'s."""
         ...
 
@@ -155,10 +153,10 @@ class _SocketLine:
         call: StepCall | None = pickle.loads(self._calls.recv_bytes())
         return call
 
-    def note(self, host_id: str, position: str, dispatch: int, notes: Sequence[Note]) -> None:
+    def note(self, host_id: str, position: str, dispatch: int, notes: Sequence[AttemptNote]) -> None:
         self._calls.send_bytes(_dumps(("note", (host_id, position, dispatch, list(notes)))))
 
-    def attend(self, host_id: str, position: str, dispatch: int, notes: Sequence[Note]) -> bool:
+    def attend(self, host_id: str, position: str, dispatch: int, notes: Sequence[AttemptNote]) -> bool:
         if self._aside is None:
             self._aside = self._connect()
         self._aside.send_bytes(_dumps(("attend", (host_id, position, dispatch, list(notes)))))
@@ -182,10 +180,10 @@ class _RayLine:
         call: StepCall | None = ray.get(self._actor.step_done.remote(host_id, done))
         return call
 
-    def note(self, host_id: str, position: str, dispatch: int, notes: Sequence[Note]) -> None:
+    def note(self, host_id: str, position: str, dispatch: int, notes: Sequence[AttemptNote]) -> None:
         self._actor.attend.remote(host_id, position, dispatch, list(notes))
 
-    def attend(self, host_id: str, position: str, dispatch: int, notes: Sequence[Note]) -> bool:
+    def attend(self, host_id: str, position: str, dispatch: int, notes: Sequence[AttemptNote]) -> bool:
         return bool(ray.get(self._actor.attend.remote(host_id, position, dispatch, list(notes)), timeout=_ATTEND_S))
 
     def close(self) -> None:

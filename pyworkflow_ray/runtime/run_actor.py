@@ -24,7 +24,7 @@ import ray
 
 from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.commands import Limits
-from pyworkflow_ray.engine.events import AttemptFailed, StepStarted
+from pyworkflow_ray.engine.events import AttemptNote, StepStarted
 from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, FencedError, RunNotFoundError, StorageError
 from pyworkflow_ray.execution.code import load_workflow
@@ -210,7 +210,7 @@ class RunActor:
         return self._step_done(host_id, outcome)
 
     @ray.method(concurrency_group="control")
-    def attend(self, host_id: str, position: str, dispatch: int, notes: list[StepStarted | AttemptFailed]) -> bool:
+    def attend(self, host_id: str, position: str, dispatch: int, notes: list[AttemptNote]) -> bool:
         return self._attend(host_id, position, dispatch, notes)
 
     def _step_done(self, host_id: str, outcome: Outcome | None) -> StepCall | None:
@@ -222,7 +222,7 @@ class RunActor:
             self._hosts.balance_locked()
             return call
 
-    def _attend(self, host_id: str, position: str, dispatch: int, notes: list[StepStarted | AttemptFailed]) -> bool:
+    def _attend(self, host_id: str, position: str, dispatch: int, notes: list[AttemptNote]) -> bool:
         """Attempts of the call that a host executes. Returns whether it shall stop."""
         with self._lock:
             host = self._hosts.get_locked(host_id)
@@ -355,8 +355,8 @@ class RunActor:
     def _local_call(self, call: StepCall) -> None:
         interrupt = self._interrupts[call.position, call.dispatch]
 
-        def report(event: StepStarted | AttemptFailed) -> None:
-            if isinstance(event, AttemptFailed):  # the start of a local attempt is told by its end
+        def report(event: AttemptNote) -> None:
+            if not isinstance(event, StepStarted):  # the start of a local attempt is told by its end
                 with self._lock:
                     if self._is_active(call):
                         self._active.record_locked(event)  # type: ignore[union-attr]

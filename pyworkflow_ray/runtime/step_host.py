@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyworkflow_ray.engine.calls import Outcome, StepCall
-from pyworkflow_ray.engine.events import AttemptFailed, CodeEnvironment, StepStarted
+from pyworkflow_ray.engine.events import AttemptFailed, AttemptNote, CodeEnvironment
 from pyworkflow_ray.execution.code import load_step
 from pyworkflow_ray.execution.environment import enter_environment
 from pyworkflow_ray.execution.interrupt import Interrupt
@@ -60,7 +60,7 @@ def _execute(line: Line, host_id: str, call: StepCall, process: Process, watch: 
 
 
 def run_call(
-    call: StepCall, process: Process, *, report: Callable[[StepStarted | AttemptFailed], None], interrupt: Interrupt
+    call: StepCall, process: Process, *, report: Callable[[AttemptNote], None], interrupt: Interrupt
 ) -> Outcome:
     """Load the step's code and execute the call; code that can't be loaded is a failed outcome. Never raises."""
     started_at = time.time()
@@ -105,14 +105,12 @@ class _Watch:
         self._line: Line | None = None
         self._host_id = ""
         self._interrupt: Interrupt | None = None
-        self._notes: list[StepStarted | AttemptFailed] = []
+        self._notes: list[AttemptNote] = []
         self._next_look = 0.0
         self._thread = threading.Thread(target=self._loop, name="pyworkflow-ray-watch", daemon=True)
         self._thread.start()
 
-    def begin(
-        self, line: Line, host_id: str, call: StepCall, interrupt: Interrupt
-    ) -> Callable[[StepStarted | AttemptFailed], None]:
+    def begin(self, line: Line, host_id: str, call: StepCall, interrupt: Interrupt) -> Callable[[AttemptNote], None]:
         with self._wake:
             self._call, self._line, self._host_id, self._interrupt = call, line, host_id, interrupt
             self._notes = []
@@ -121,7 +119,7 @@ class _Watch:
         # stuck code holds the GIL: this thread may never run again
         at_once = call.policy.timeout_s is not None or call.policy.total_timeout_s is not None
 
-        def report(event: StepStarted | AttemptFailed) -> None:
+        def report(event: AttemptNote) -> None:
             # attempts that follow each other at once go together, at this thread's next look
             fast = isinstance(event, AttemptFailed) and event.delay_s is not None and event.delay_s < _FIRST_LOOK_S
             if at_once or (isinstance(event, AttemptFailed) and not fast):

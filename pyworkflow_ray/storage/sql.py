@@ -16,7 +16,8 @@ steps     run_id, position, number (1: scheduled first), step, status (queued ru
           executor, breaker, result (JSON), error_kind, error_type, error_message, why (no attempt follows)
 attempts  run_id, position, step, attempt, epoch, dispatch, status (running failed succeeded lost cancelled),
           started_at, ended_at, kind, error_type, message, delay_s (before the next attempt), delay_reason, cause
-          (of a loss), breaker (its state when the attempt began), worker, node
+          (of a loss), breaker (its state when the attempt began), worker, node. Of a step with more than 1,000
+          attempts: the first and the last
 """
 
 from __future__ import annotations

@@ -150,7 +150,9 @@ class Rows:
             if "steps" in self.rows:
                 self.rows["steps"].append(_step_row(created.run_id, track))
             if "attempts" in self.rows:
-                self.rows["attempts"] += [_attempt_row(created.run_id, track, attempt) for attempt in track.attempts]
+                self.rows["attempts"] += [
+                    _attempt_row(created.run_id, track, attempt) for attempt in track.attempts if not attempt.counts
+                ]
 
     def table(self, name: str) -> pa.Table:
         """One table as Arrow; empty where no rows were gathered."""
@@ -203,7 +205,7 @@ def _step_row(run_id: str, track: Track) -> Row:
         scheduled.number,
         scheduled.step,
         "retrying" if track.retrying else track.state,
-        len(track.attempts) - lost,
+        sum(attempt.number for attempt in track.attempts) - lost,
         lost,
         _micros(scheduled.at),
         _micros(min(begun, default=None)),

@@ -19,13 +19,13 @@ from pyworkflow_ray.engine.driver import Driver
 from pyworkflow_ray.engine.events import (
     TERMINAL,
     AttemptFailed,
+    AttemptNote,
     Event,
     RunActivated,
     RunCreated,
     RunFailed,
     RunParked,
     RunPaused,
-    StepStarted,
 )
 from pyworkflow_ray.engine.history import History, failed_positions
 from pyworkflow_ray.errors import NonDeterminismError, RunError
@@ -307,7 +307,7 @@ class Owner:
         running.task.add_done_callback(lambda _: self._running.pop(key, None))
 
     async def _execute(self, driver: Driver, call: StepCall, key: tuple[int, str, int]) -> None:
-        def report(event: StepStarted | AttemptFailed) -> None:
+        def report(event: AttemptNote) -> None:
             if isinstance(event, AttemptFailed) or call.executor == "task":
                 self._input(driver, lambda d: d.record(event, self._now()))
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from pyworkflow_ray.engine.calls import Outcome, StepCall
-from pyworkflow_ray.engine.events import AttemptFailed, CodeRef, ErrorInfo
+from pyworkflow_ray.engine.events import AttemptFailed, AttemptNote, CodeRef, ErrorInfo
 from pyworkflow_ray.resilience.policy import RetryPolicy
-from pyworkflow_ray.runtime.line import Address, Exchange, Note, open_line
+from pyworkflow_ray.runtime.line import Address, Exchange, open_line
 
 CALL = StepCall(
     "run-1", "uid", "storage", 0, "flow", "1", 1, 0, 1, "step", CodeRef(how="import", name="x"), [], {}, RetryPolicy()
@@ -35,7 +35,7 @@ class Owner:
         self.told.append(("next", host_id, outcome))
         return self.answers.pop(0)
 
-    def attend(self, host_id: str, position: str, dispatch: int, notes: list[Note]) -> bool:
+    def attend(self, host_id: str, position: str, dispatch: int, notes: list[AttemptNote]) -> bool:
         self.told.append(("attend", host_id, position, dispatch, notes))
         return bool(notes)
 
