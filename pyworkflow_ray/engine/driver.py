@@ -109,7 +109,7 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
             return
         recorded = set(before.maps)
         self._note(activation.model_copy(update={"at": now}))
-        handed_back = {p for p, s in before.steps.items() if s.ended is None and s.waiting}
+        handed_back = {p for p, s in before.open_steps.items() if s.waiting}
         if before.lost_activations > created.max_recoveries:
             return self._pause("max_recoveries", pausing.lost_too_often(created, before.lost_activations), now)
         self._machine = Machine(self._flow, created, self._codec)
@@ -125,7 +125,7 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
         if before.cancel is not None:
             since = before.cancel.at if activation.cause == "wake" else now  # a lost owner must not shorten the grace
             self._cancel_deadline = since + self._limits.cancel_grace_s
-        taken_up = [(p, s) for p, s in before.steps.items() if s.ended is None and p not in before.known]
+        taken_up = [(p, s) for p, s in before.open_steps.items() if p not in before.known]
         self._commands(fresh, now)
         pausing.spread_overdue([s for p, s in taken_up if p in handed_back], self._rng, now)
         for position, step in taken_up:
@@ -220,8 +220,8 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
             self._request_cancel("max_duration", f"the run reached its max_duration of {limit:g} s", now)
         if self._cancel_deadline is not None and self._cancel_deadline <= now and not self._history.ended:
             self._end_by_force(now)
-        for step in list(self._history.steps.values()):
-            if step.ended is None and step.waiting and (step.retry_at or 0.0) <= now and not self._history.ended:
+        for step in list(self._history.open_steps.values()):
+            if step.waiting and (step.retry_at or 0.0) <= now and not self._history.ended:
                 self._dispatch(step)
         self._settle(now)
 
@@ -510,9 +510,7 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
                 self._deliver(BodyAbandoned(at=now), now)
             return
         cancel = self._history.cancel
-        open_steps = dict.fromkeys(
-            p if s.chunk is None else s.chunk[0] for p, s in self._history.steps.items() if s.ended is None
-        )
+        open_steps = dict.fromkeys(p if s.chunk is None else s.chunk[0] for p, s in self._history.open_steps.items())
         events: list[Event] = [StepCancelled(position=p, forced=True) for p in open_steps]
         if cancel is not None and cancel.cause == "max_duration":
             late = StepTimeoutError(cancel.reason or "the run reached its max_duration")
@@ -541,7 +539,7 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
         timers = list(self._history.open_timers.values())
         if self._is_pausing():
             return timers
-        return timers + [s.retry_at or 0.0 for s in self._history.steps.values() if s.ended is None and s.waiting]
+        return timers + [s.retry_at or 0.0 for s in self._history.open_steps.values() if s.waiting]
 
     def _settle(self, now: float) -> None:
         """After an input: limits, parking, and one append of all that is ready."""
@@ -561,7 +559,7 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
         if not self._warned and history.counted >= self._limits.warn_events:
             self._warned = True
             self._log(f"run {history.created.run_id if history.created else ''} has {history.counted} events")
-        if history.ended is None and not any(s.dispatched for s in history.steps.values()):
+        if history.ended is None and not any(s.dispatched for s in history.open_steps.values()):
             if self._is_pausing():
                 return self._pause_now(now)
             self._wait_or_park(now)

@@ -6,6 +6,7 @@ same state.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -109,6 +110,8 @@ class History:
 
     created: RunCreated | None = None
     steps: dict[str, StepState] = field(default_factory=dict)  # chunks of maps too, while they are open
+    # Those of them that have not ended. Not a dict: one whose first keys went slows down each look at its first one.
+    open_steps: OrderedDict[str, StepState] = field(default_factory=OrderedDict)
     maps: dict[str, MapScheduled] = field(default_factory=dict)
     open_timers: dict[str, float] = field(default_factory=dict)
     script: list[Event] = field(default_factory=list)  # inputs and commands, in order
@@ -148,7 +151,7 @@ class History:
             case RunActivated():
                 self._activated(event)
             case StepScheduled():
-                self.steps[event.position] = StepState(event)
+                self._add(event.position, StepState(event))
                 known.meet(self.known, event)
             case StepStarted():
                 step = self.step(event.position)
@@ -186,7 +189,7 @@ class History:
                 self._end_step(event.position, "failed", event.attempt)
             case StepCancelled() if event.position in self.maps:
                 for position in self.chunks_of(event.position):
-                    del self.steps[position]
+                    self._drop(position)
             case StepCancelled():
                 self._end_step(event.position, "cancelled", 0)
             case TimerStarted():
@@ -209,17 +212,25 @@ class History:
             chunk = parse_position(position)
             if chunk is None:
                 raise KeyError(position)
-            found = self.steps[position] = StepState(as_step(self.maps[chunk[0]], position), chunk=chunk)
+            found = StepState(as_step(self.maps[chunk[0]], position), chunk=chunk)
+            self._add(position, found)
         return found
+
+    def _add(self, position: str, step: StepState) -> None:
+        self.steps[position] = self.open_steps[position] = step
+
+    def _drop(self, position: str) -> StepState | None:
+        self.open_steps.pop(position, None)
+        return self.steps.pop(position, None)
 
     def chunks_of(self, map_position: str) -> list[str]:
         """Positions of the map's chunks that are known here, in order of their items."""
-        found = [s.chunk for s in self.steps.values() if s.chunk is not None and s.chunk[0] == map_position]
+        found = [s.chunk for s in self.open_steps.values() if s.chunk is not None and s.chunk[0] == map_position]
         return [chunk_position(*chunk) for chunk in sorted(found)]
 
     def _chunk_completed(self, event: ChunkCompleted) -> None:
         """Items that wait for their next attempt are chunks of one from here on."""
-        ended = self.steps.pop(chunk_position(event.position, event.first, event.count), None)
+        ended = self._drop(chunk_position(event.position, event.first, event.count))
         for item in event.waiting:
             step = self.step(chunk_position(event.position, item.index, 1))
             step.waiting, step.retry_at, step.dispatch = True, item.retry_at, event.dispatch
@@ -231,7 +242,7 @@ class History:
         """Parts of a lost chunk take its place: with its losses, and numbers of dispatches above its own."""
         if step.chunk is None or not event.parts:
             return
-        del self.steps[event.position]
+        self._drop(event.position)
         for first, count in event.parts:
             part = self.step(chunk_position(step.chunk[0], first, count))
             part.recoveries, part.dispatch = step.recoveries, step.dispatch
@@ -240,6 +251,7 @@ class History:
     def _end_step(self, position: str, how: str, attempt: int) -> None:
         step = self.steps[position]
         self.known.pop(position, None)
+        self.open_steps.pop(position, None)
         step.ended = how
         step.waiting = step.dispatched = False
         step.retry_at = None
@@ -346,6 +358,7 @@ class History:
             event = self.steps[position].event
             attempt = self.steps[position].attempt
             self.steps[position] = StepState(event, attempt=attempt)
+        self.open_steps = OrderedDict((p, step) for p, step in self.steps.items() if step.ended is None)
         self.ended = None
         self.cancel = None
 

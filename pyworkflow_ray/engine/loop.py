@@ -92,6 +92,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         self._created = 0
         self._orphans = WorkflowCounter()
         self._tasks: list[WorkflowTask] = []
+        self._prune_at = 64  # so many tasks: those that are done are forgotten
 
     # What the body may ask -----------------------------------------------------------------------------------
 
@@ -267,8 +268,9 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         path = "" if first else f"{owner.path}t{owner.children}."
         self._created += 1
         task = WorkflowTask(coro, loop=self, path=path, number=self._created, **kwargs)
-        if len(self._tasks) > 64 and len(self._tasks) > 2 * sum(not t.done() for t in self._tasks):
+        if len(self._tasks) >= self._prune_at:
             self._tasks = [t for t in self._tasks if not t.done()]
+            self._prune_at = max(64, 2 * len(self._tasks))
         self._tasks.append(task)
         return task
 

@@ -139,8 +139,8 @@ class PausingDriver:
         self._now = now
         if self._over or self._history.created is None or self._history.paused is not None:
             return
-        for step in list(self._history.steps.values()):
-            if step.ended is None and step.waiting and self._history.ended is None:
+        for step in list(self._history.open_steps.values()):
+            if step.waiting and self._history.ended is None:
                 self._dispatch(step)
         self._settle(now)
 

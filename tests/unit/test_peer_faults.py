@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import random
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -255,6 +256,34 @@ def test_fault_14_a_step_costs_the_same_however_long_the_log_is() -> None:
         return counted
 
     assert folded(200) < 10.5 * folded(20)
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["one after another", "at once"])
+def test_fault_14_nothing_walks_through_all_steps_when_one_ends(at_once: bool) -> None:
+    """Counted in calls and resumed generators, which is what a walk in Python is made of."""
+
+    def calls(steps: int) -> int:
+        async def flow() -> Any:
+            if at_once:
+                return await asyncio.gather(*(echo(n) for n in range(steps)))
+            for n in range(steps):
+                await echo(n)
+
+        counted = 0
+
+        def counting(_frame: Any, kind: str, _arg: Any) -> None:
+            nonlocal counted
+            counted += kind == "call"
+
+        sys.setprofile(counting)
+        try:
+            _simulate(flow)
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    calls(1)  # what is made on first use
+    assert calls(1_600) < 4.6 * calls(400)
 
 
 def test_fault_16_a_crash_in_mid_step_is_recovered() -> None:

@@ -26,7 +26,7 @@ async def ship(order: str) -> str:
 
 
 @pw.step(idempotent=False)
-async def once_only(order: str) -> str:
+async def only_once(order: str) -> str:
     return order
 
 
@@ -84,9 +84,9 @@ async def test_failures_asked_for_twice_come_one_after_the_other(workflow_env):
 
 
 async def test_fail_takes_a_name_and_names_the_nearest_of_one_that_is_unknown(workflow_env):
-    workflow_env.fail("once_only", error=ValueError)
-    with pytest.raises(pw.ConfigurationError, match="did you mean 'once_only'"):
-        workflow_env.fail("once_onyl")
+    workflow_env.fail("only_once", error=ValueError)
+    with pytest.raises(pw.ConfigurationError, match="did you mean 'only_once'"):
+        workflow_env.fail("only_onec")
     with pytest.raises(pw.ConfigurationError, match="no step is called 'zzzzzz'"):
         workflow_env.fail("zzzzzz")
 
