@@ -245,7 +245,8 @@ def step(fn: Any = None, /, **options: Any) -> Any:
         breaker: A `CircuitBreaker`, a key of one (`breaker.key("host-7")`), or its name.
         on_open: "raise": an attempt that the breaker refuses fails the step with `CircuitOpenError`. "wait": the step
             waits, durably and without a worker, until the breaker lets it through; no attempt is spent. Whoever has
-            waited longest is let through first. A wait that cannot end before `total_timeout` is not begun.
+            waited longest is let through first. A wait that cannot end before `total_timeout` is not begun. Needs
+            `breaker`.
         retry_budget: A `RetryBudget` or its name: each retry takes tokens from it, across the cluster; where it is
             empty the step fails with `RetryBudgetExhausted` from its last error.
         idempotent: False: an attempt whose outcome is unknown is never repeated; the workflow gets `StepLostError`.

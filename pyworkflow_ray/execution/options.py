@@ -133,6 +133,9 @@ def check_step_options(given: Mapping[str, Any], where: str = "@step") -> StepOp
         check.refuse(
             name, "not on executor='local': a local step runs inside the run's actor and takes no resources of its own"
         )
+    breaker = _breaker(check)
+    if policy.on_open == "wait" and breaker is None:
+        check.refuse("on_open", "given together with breaker=: without one there is nothing to wait for")
     return StepOptions(
         name=check.name(),
         policy=policy,
@@ -141,7 +144,7 @@ def check_step_options(given: Mapping[str, Any], where: str = "@step") -> StepOp
         delay_of=delay_of,
         executor=executor,
         ray_options=ray_options,
-        breaker=_breaker(check),
+        breaker=breaker,
         given=dict(given),
     )
 

@@ -81,6 +81,10 @@ def test_a_wrong_option_is_refused_by_name_and_value(options: dict[str, Any], sa
         CircuitBreaker(**options)
 
 
+def test_options_that_say_what_holds_by_default_are_taken() -> None:
+    CircuitBreaker("says-what-holds", half_open_max_calls=1, success_threshold=1, min_nodes=1, failure_rate=None)
+
+
 @pytest.mark.parametrize("given", [90, "1m30s", dt.timedelta(seconds=90), 90.0])
 def test_durations_in_all_forms(given: Any) -> None:
     assert new(5, given).settings == {"failure_threshold": 5, "recovery_timeout": 90.0}

@@ -25,7 +25,7 @@ BAD_STEP_VALUES: dict[str, list[Any]] = {
     "total_timeout": [0, -1, "soon", True, INF],
     "on_exhausted": ["ignore", None, True],
     "breaker": ["", 5, object(), []],
-    "on_open": ["later", None, True],
+    "on_open": ["later", None, True, "wait"],
     "retry_budget": ["", 3, object()],
     "idempotent": [None, 1, "yes"],
     "max_recoveries": [-1, None, 1.0, True],
@@ -60,7 +60,7 @@ GOOD_STEP_VALUES: dict[str, list[Any]] = {
     "total_timeout": [None, 0.5, "5m", dt.timedelta(hours=1)],
     "on_exhausted": ["raise", "pause"],
     "breaker": [None, "payments"],
-    "on_open": ["raise", "wait"],
+    "on_open": ["raise"],
     "retry_budget": [None, "payments"],
     "idempotent": [True, False],
     "max_recoveries": [0, 3],
@@ -114,6 +114,7 @@ def test_good_step_option_is_accepted(option: str, value: Any) -> None:
         ({"retry_delay": lambda n, e: 1, "jitter": "decorrelated"}, ["jitter='decorrelated'", "callable"]),
         ({"on_exhausted": "paus"}, ["on_exhausted='paus'", "Did you mean 'pause'?"]),
         ({"on_open": "wai"}, ["on_open='wai'", "Did you mean 'wait'?"]),
+        ({"on_open": "wait"}, ["on_open='wait'", "breaker="]),
         ({"executor": "local", "num_cpus": 2}, ["num_cpus=2", "executor='local'"]),
     ],
 )
@@ -122,6 +123,13 @@ def test_refusal_names_option_value_and_remedy(given: dict[str, Any], words: lis
         pw.step(**given)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_on_open_waits_for_a_breaker() -> None:
+    @pw.step(breaker="payments", on_open="wait")
+    def calls() -> None: ...
+
+    assert calls.definition.policy.on_open == "wait"
 
 
 def test_value_whose_repr_raises_is_refused_all_the_same() -> None:
