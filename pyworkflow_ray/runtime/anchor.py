@@ -21,8 +21,8 @@ from pyworkflow_ray.storage.lease import Lease
 from pyworkflow_ray.storage.storage import Storage
 
 
-def _warm() -> None:
-    """Starts a step worker beside the first run actor: it then takes its first step half a second earlier."""
+def _warm(after: object = None) -> None:
+    """Starts a step worker: a run's first step then begins half a second earlier. after: what the start waits for."""
 
 
 class Anchor:
@@ -34,12 +34,14 @@ class Anchor:
         self._lease: Any = None
         self._lease_id = ""
         warm_up = as_task(_warm, num_cpus=1, max_retries=0, enable_task_events=False)
-        self._warming = [warm_up.remote() for _ in range(warm)]
+        self._warming = [warm_up.remote()]
         try:
             self.hold(lease)
         except FencedError:
             return  # this anchor was restarted and its lease given up meanwhile: the controller brings another
-        self.make(actors)
+        # A start is a second of a CPU's work. The first run needs one actor and one worker: the rest come after them.
+        for _, actor in self.make(actors)[:1]:
+            self._warming += [warm_up.remote(actor.ready.remote()) for _ in range(warm - 1)]
 
     def hold(self, lease: str) -> str:
         """Hold the shared lock of this lease from now on. Returns the incarnation."""
