@@ -117,8 +117,8 @@ def _report_unfinished(client: Client) -> None:
                 left.append(run_id)
     if left:
         shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        log.warning("%d unfinished runs are in %s (%s): pw.recover() takes up those that nobody holds",
-                    len(left), client.storage.root, shown)  # fmt: skip
+        log.warning("unfinished in %s: %d (%s). pw.recover() takes up those that nobody holds",
+                    client.storage.root, len(left), shown)  # fmt: skip
 
 
 def need_client(storage: Storage | None) -> Client:
