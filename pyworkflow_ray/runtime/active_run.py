@@ -86,6 +86,12 @@ class ActiveRun:
         assert isinstance(first, RunCreated)
         return first
 
+    @property
+    def lost_without_a_word(self) -> int:
+        """How many owners in a row died before they recorded anything, for which the run is charged."""
+        last = next((e.epoch for e in reversed(self._events) if isinstance(e, RunActivated)), 0)
+        return self.epoch - last if self.assignment.charged else 0
+
     def begin_locked(self, flow: Callable[..., Any], codec: Codec, lease: str, limits: Limits) -> None:
         """Replay the history and go on from its end."""
         given = self.assignment
@@ -107,9 +113,10 @@ class ActiveRun:
 
     def _activation(self, events: list[Event], lease: str) -> RunActivated:
         given = self.assignment
+        begun = any(isinstance(event, RunActivated) for event in events)
         return RunActivated(
             epoch=self.epoch,
-            cause=given.cause,
+            cause="start" if given.cause == "recovery" and not begun else given.cause,
             charged=given.charged and was_lost(events),
             lease=lease,
             node=self._node,

@@ -26,6 +26,7 @@ from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.commands import Limits
 from pyworkflow_ray.engine.events import AttemptNote, StepStarted
 from pyworkflow_ray.engine.logs import filter_replayed_lines
+from pyworkflow_ray.engine.pausing import lost_too_often
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, FencedError, RunNotFoundError, StorageError
 from pyworkflow_ray.execution.code import load_workflow
 from pyworkflow_ray.execution.environment import enter_environment
@@ -294,6 +295,10 @@ class RunActor:
         return ActiveRun(given, journal, events, self, who=who)
 
     def _begin_locked(self, run: ActiveRun) -> None:
+        lost = run.lost_without_a_word
+        if lost > run.created.max_recoveries:  # what kills it may be its code: before that is loaded
+            run.pause_locked("max_recoveries", lost_too_often(run.created, lost), self._lease.id)
+            return
         try:
             flow = load_workflow(run.created.code, self._process.storage.get_blob)
         except Exception as error:

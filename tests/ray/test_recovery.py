@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import deadly_flows
 import flows
 import pytest
 from processes import descendants, end_all, kill, lives, until
 
 import pyworkflow_ray as pw
-from pyworkflow_ray.engine.events import TERMINAL, RunActivated, StepCompleted, StepLost
+from pyworkflow_ray.engine.events import TERMINAL, RunActivated, RunPaused, StepCompleted, StepLost
 from pyworkflow_ray.storage.storage import Storage
 
 pytestmark = pytest.mark.ray
@@ -140,6 +141,18 @@ def test_runs_of_a_killed_anchor_go_on_and_are_not_charged(tmp_path: Path) -> No
     assert not any(e.charged for e in activations)
     assert not any(e.charged for e in handle.events() if isinstance(e, StepLost))
     check_history(handle, ledger, executions_again=len(activations) - 1)
+
+
+@pytest.mark.usefixtures("pool")
+def test_a_workflow_whose_code_kills_its_process_before_it_begins_is_paused() -> None:
+    handle = pw.start(deadly_flows.flow)
+    until(lambda: handle.status() == "paused", "it is paused")
+    activated, paused = handle.events()[1:]
+    assert isinstance(activated, RunActivated)
+    assert isinstance(paused, RunPaused)
+    assert (paused.reason, activated.epoch) == ("max_recoveries", 2)
+    assert "2 activations were lost" in paused.message
+    assert pw.run(flows.three, 1) == 3
 
 
 @pytest.mark.usefixtures("pool")
