@@ -15,13 +15,15 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, ParamSpec, TypeVar, cast
+from time import monotonic
+from types import CoroutineType, FrameType, TracebackType
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from pyworkflow_ray.durations import Duration
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.breaker_options import check_together, checked_options, checked_settings
 from pyworkflow_ray.execution.breakers import (
+    _APART,
     Circuit,
     CircuitGuard,
     Declared,
@@ -43,6 +45,15 @@ R = TypeVar("R")
 
 _NO_VARIABLE = re.compile(r"_+[0-9]*|_i+[0-9]*|_oh|_ih")  # what IPython keeps of a cell's results
 _MAX_FRAMES = 30
+_modules = sys.modules
+
+
+class _Link(Circuit, Protocol):
+    """The cluster's breaker; until `lives_until` it need not be asked whether it serves."""
+
+    lives_until: float
+
+    def serves(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +152,7 @@ class CircuitBreaker:
         self._base = self
         self._name = None if name is None else _checked_name(name)
         self._declared: Declared | None = None
+        self._link: _Link | None = None
         self._namespaces: list[dict[str, Any]] = []
         if self._name is not None:
             self._declared = declare(self._name, self._settings, self._counts)
@@ -238,7 +250,7 @@ class CircuitBreaker:
             raise ConfigurationError(f"{self!r} is a key already, and has no keys of its own")
         one: CircuitBreaker = CircuitBreaker.__new__(CircuitBreaker)
         one.__dict__.update(self.__dict__)
-        one._key, one._base, one._declared = key, self, None
+        one._key, one._base, one._declared, one._link = key, self, None, None
         return one
 
     def snapshot(self) -> BreakerSnapshot:
@@ -305,15 +317,19 @@ class CircuitBreaker:
         return declare(full_name(self._base._declaration().name, self._key), self._settings, self._counts)
 
     def _circuit(self) -> Circuit:
-        declaration = self._declaration()
-        apart = kept_apart(declaration)
-        if apart is not None:
-            return apart
-        ray = sys.modules.get("ray")  # never imported here: a plain script needs no Ray
+        """The breaker behind this object, now: every guarded call asks, so what was found before is looked at first."""
+        declaration = self._declared or self._declaration()
+        if _APART:
+            return kept_apart(declaration) or declaration.local
+        link = self._link
+        if link is not None and (monotonic() < link.lives_until or link.serves()):
+            return link
+        ray = _modules.get("ray")  # never imported here: a plain script needs no Ray
         if ray is not None and getattr(ray, "is_initialized", bool)():
             from pyworkflow_ray.runtime.breaker_actor import link_for
 
-            return link_for(declaration)
+            link = self._link = link_for(declaration)
+            return link
         return declaration.local
 
     def _guard_sync(self, function: Callable[P, R], shown: str) -> Callable[P, R]:
@@ -325,14 +341,14 @@ class CircuitBreaker:
             except BaseException as error:
                 permit.finish(error)
                 raise
-            if inspect.iscoroutine(result):
+            if type(result) is CoroutineType:
                 permit.release()
-                result.close()
+                cast(Any, result).close()
                 raise TypeError(
                     f"{shown} returned a coroutine, whose work the breaker would not have seen: "
                     "put @breaker.call directly on the async def"
                 )
-            permit.finish(None)
+            permit.success()
             return result
 
         return guarded

@@ -13,11 +13,23 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from pyworkflow_ray.execution.permits import Permit, changed, listened, opened, refusal, riding
+from pyworkflow_ray.execution.permits import (
+    _HELD,
+    Permit,
+    WatchedPermit,
+    changed,
+    listened,
+    opened,
+    refusal,
+    riding,
+    surrounding,
+)
 from pyworkflow_ray.resilience.breaker import Answer, Breaker, BreakerEvent, BreakerSettings, BreakerState, Counts, View
 from pyworkflow_ray.resilience.breaker_settings import split_name
 from pyworkflow_ray.resilience.mirror import Asker
 from pyworkflow_ray.resilience.waiters import Waiters
+
+_FAILURE = BreakerEvent.FAILURE
 
 
 class LocalCircuit:
@@ -38,24 +50,40 @@ class LocalCircuit:
         self._lock = threading.Lock()
         self._breaker = Breaker(_of_one_node(settings), lease_s=None)
         self._waiters = Waiters()
-        self._free = True  # closed, without a ramp: read without the lock
-
-    @property
-    def slow_s(self) -> float | None:
-        return self._breaker.settings.slow_call_duration
+        # Read without the lock:
+        self.slow_s: float | None
+        self.quiet: bool
+        self._free: bool  # closed, without a ramp
+        self._plain: bool  # and without a clock
+        self._generation: int
+        self._publish()
 
     @property
     def idle(self) -> bool:
         return self._breaker.idle and not self._waiters and self._free
 
     def enter(self, news: int = 0, waits: Asker | None = None) -> Permit:
-        permit = riding(self)
-        if permit is not None:
-            return permit
+        around = _HELD.get()
+        if around is not None:
+            if around.ended and around.around is None:
+                around = None
+            else:
+                permit = riding(self)
+                if permit is not None:
+                    return permit
+                around = surrounding()
         # Closed needs no lock. The generation is read first: if the state changes in between, the call is a late one.
-        generation = self._breaker.generation
+        generation = self._generation
+        if self._plain and waits is None:
+            permit = Permit()
+            permit.circuit = self
+            permit.generation = generation
+            permit.around = around
+            permit.ended = False
+            _HELD.set(permit)
+            return permit
         if self._free and waits is None:
-            return Permit(self, generation, None)
+            return WatchedPermit(self, generation)
 
         def ask(now: float) -> Answer:
             answer = self._breaker.ask(now)
@@ -67,18 +95,17 @@ class LocalCircuit:
         if not answer.admitted:
             rest = answer.retry_after_s if view.ramp is not None else view.open_for_s
             raise refusal(self, view, rest, None if waits is None else answer.retry_after_s)
-        return Permit(self, answer.generation, answer.permit)
+        return WatchedPermit(self, answer.generation, answer.permit)
 
     async def enter_async(self, news: int = 0, waits: Asker | None = None) -> Permit:
         return self.enter(news, waits)
 
     def tell(self, permit: Permit, event: BreakerEvent, error: str, slow: bool = False) -> Future[None] | None:
+        probes = permit.number is not None
+        if not probes and not slow and (self.quiet or event is not BreakerEvent.SUCCESS) and event is not _FAILURE:
+            return None
         generation, breaker = permit.generation, self._breaker
         assert generation is not None
-        if permit.number is None and not slow and event is not BreakerEvent.FAILURE:
-            counted = event is BreakerEvent.SUCCESS and (breaker.failures > 0 or breaker.settings.windowed)
-            if not counted or breaker.state is BreakerState.FORCED_CLOSED:
-                return None
         self._change(
             lambda now: breaker.ended(event, now, generation=generation, permit=permit.number, error=error, slow=slow)
         )
@@ -120,14 +147,26 @@ class LocalCircuit:
                 result = change(now)
             finally:
                 view = self._breaker.view(now)
-                passes = view.state in (BreakerState.CLOSED, BreakerState.FORCED_CLOSED)
-                self._free = passes and view.ramp is None
+                self._publish()
         if view.state is not was and not quiet:
             if was is BreakerState.CLOSED and view.state is BreakerState.OPEN:
                 opened(self.name, self.key, view)
             if listened(self.name):
                 changed(self.name, self.key, was, view)
         return result, view
+
+    def _publish(self) -> None:
+        """What calls read without the lock; the lock is held.
+
+        The generation last: a call that begins in a generation must have been let through in it.
+        """
+        breaker = self._breaker
+        state, settings = breaker.state, breaker.settings
+        self._free = state is BreakerState.FORCED_CLOSED or (state is BreakerState.CLOSED and breaker.ramp is None)
+        self.slow_s = settings.slow_call_duration
+        self._plain = self._free and self.slow_s is None
+        self.quiet = state is BreakerState.FORCED_CLOSED or not (breaker.failures or settings.windowed)
+        self._generation = breaker.generation
 
 
 def _of_one_node(settings: BreakerSettings) -> BreakerSettings:

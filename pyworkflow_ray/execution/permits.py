@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,15 +28,17 @@ from pyworkflow_ray.resilience.taxonomy import classify
 
 log = logging.getLogger("pyworkflow_ray.breaker")
 
-_HELD: ContextVar[tuple[Permit, ...]] = ContextVar("pyworkflow_ray_held_permits", default=())
+# The guarded call that began last in this context; it knows the one around it.
+_HELD: ContextVar[Permit | None] = ContextVar("pyworkflow_ray_held_permits", default=None)
+_SUCCESS = BreakerEvent.SUCCESS  # looked up once: an enum's member costs as much as a dictionary's item twice over
 _MAX_CHAIN = 100  # an exception's chain is followed so far
 
 
 class Circuit(Protocol):
     """A breaker as a process sees it: in process (`LocalCircuit`) or of the cluster (`runtime.breaker_link.Link`).
 
-    full: name and key in one. slow_s: how long a slow call takes, None where nobody asks. counts: what counts in place
-    of the taxonomy.
+    full: name and key in one. slow_s: how long a slow call takes, None where nobody asks. quiet: a success of a call
+    that was no probe changes nothing now. counts: what counts in place of the taxonomy.
     """
 
     name: str
@@ -44,9 +46,8 @@ class Circuit(Protocol):
     full: str
     counts: Counts | None
     clock: Callable[[], float]
-
-    @property
-    def slow_s(self) -> float | None: ...
+    slow_s: float | None
+    quiet: bool
 
     def enter(self, news: int = 0, waits: Asker | None = None) -> Permit:
         """Let a call through, or raise CircuitOpenError. May wait for the cluster, never for another call."""
@@ -78,86 +79,79 @@ class Circuit(Protocol):
 
 
 class Permit:
-    """One guarded call, from its admission to its end. Ended once; later ends are ignored.
+    """One guarded call through a closed breaker, from its admission to its end. Ended once; later ends are ignored.
 
     Of calls of one breaker within one another, a probe's inner calls ride on its permit (or they would wait for
     themselves), and a failure that an inner call has counted is not counted again by the call around it.
+
+    It has no constructor: `Circuit.enter` sets its fields, or a closed call would cost half as much again. around: what
+    `surrounding()` says. A context keeps its last call until the next one: forgetting it at once would cost as much as
+    keeping it.
     """
 
-    __slots__ = ("_began", "_circuit", "_counted", "_ended", "_outer", "_rides", "aside", "generation", "number")
+    __slots__ = ("_counted", "around", "circuit", "ended", "generation")
 
-    def __init__(
-        self,
-        circuit: Circuit,
-        generation: int | None,
-        number: int | None,
-        *,
-        rides: bool = False,
-        aside: tuple[int, int | None] | None = None,
-    ) -> None:
-        self.generation = generation
-        self.number = number
-        self.aside = aside
-        self._circuit = circuit
-        self._rides = rides
-        self._ended = False
-        self._counted: BaseException | None = None
-        around = _HELD.get()
-        self._outer = held(circuit.full) if around else None
-        _HELD.set((*around, self))
-        self._began = None if circuit.slow_s is None else circuit.clock()
+    circuit: Circuit
+    generation: int | None
+    around: Permit | None
+    ended: bool
+    number: int | None = None
+    aside: tuple[int, int | None] | None = None
+    rides = False
+    _began: float | None = None
+    _counted: BaseException | None
 
     @property
     def name(self) -> str:
-        return self._circuit.full
+        return self.circuit.full
 
     @property
     def probes(self) -> bool:
         """Whether the call was let through to try out a service that was cut off."""
-        return self.number is not None or self._rides
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
+        return self.number is not None or self.rides
 
     def success(self) -> None:
-        self._wait(self._end(BreakerEvent.SUCCESS))
+        circuit = self.circuit
+        if circuit.quiet and self.around is None:
+            self.ended = True
+        else:
+            self.finish(None)
 
     def failure(self, kind: str, error: BaseException) -> None:
         """The call ended with `error`, of `kind` in the taxonomy; returns once the breaker has counted it."""
-        self._wait(self._fail(kind, error))
+        told = self._fail(kind, error)
+        if told is not None:
+            self.circuit.wait(told)
 
     def release(self) -> None:
         """The call was cancelled: it counts for nothing."""
-        self._wait(self._end(BreakerEvent.RELEASE))
+        told = self._end(BreakerEvent.RELEASE)
+        if told is not None:
+            self.circuit.wait(told)
 
     def finish(self, error: BaseException | None) -> None:
         """Success where `error` is None, else failure of the kind that the taxonomy gives."""
-        self._wait(self._finish(error))
+        told = self._end(_SUCCESS) if error is None else self._fail(classify(error), error)
+        if told is not None:
+            self.circuit.wait(told)
 
     async def finish_async(self, error: BaseException | None) -> None:
-        told = self._finish(error)
+        told = self._end(_SUCCESS) if error is None else self._fail(classify(error), error)
         if told is not None:
-            await self._circuit.wait_async(told)
-
-    def _finish(self, error: BaseException | None) -> Future[None] | None:
-        if error is None:
-            return self._end(BreakerEvent.SUCCESS)
-        return self._fail(classify(error), error)
+            await self.circuit.wait_async(told)
 
     def _fail(self, kind: str, error: BaseException) -> Future[None] | None:
         event = self._event(kind, error)
         if event is BreakerEvent.FAILURE and not self.probes:
-            if self._counted is not None and _in_chain(self._counted, error):
+            counted = getattr(self, "_counted", None)
+            if counted is not None and _in_chain(counted, error):
                 event = BreakerEvent.RELEASE
-            outer = self._outer
-            while outer is not None:
+            for outer in _within(self.around, self.name):
                 outer._counted = error
-                outer = outer._outer
         return self._end(event, error_text(error))
 
     def _event(self, kind: str, error: BaseException) -> BreakerEvent:
-        circuit = self._circuit
+        circuit = self.circuit
         try:
             return event_of(kind, error, counts=circuit.counts, name=circuit.name, key=circuit.key)
         except Exception:
@@ -165,14 +159,14 @@ class Permit:
             return event_of(kind, error, name=circuit.name, key=circuit.key)
 
     def _end(self, event: BreakerEvent, error: str = "") -> Future[None] | None:
-        if self._ended:
+        if self.ended:
             return None
-        self._ended = True
-        around = _HELD.get()
-        _HELD.set(() if len(around) == 1 and around[0] is self else tuple(one for one in around if one is not self))
-        if self._rides:
+        self.ended, self._counted = True, None
+        if self.around is not None and _HELD.get() is self:
+            _HELD.set(self.around)
+        if self.rides:
             return None
-        circuit = self._circuit
+        circuit = self.circuit
         if self._began is None or circuit.slow_s is None or event is BreakerEvent.RELEASE:
             return circuit.tell(self, event, error)
         took_s = circuit.clock() - self._began
@@ -181,26 +175,70 @@ class Permit:
             error = f"a slow call ({format_duration(took_s)})"
         return circuit.tell(self, event, error, slow)
 
-    def _wait(self, told: Future[None] | None) -> None:
-        if told is not None:
-            self._circuit.wait(told)
+
+class WatchedPermit(Permit):
+    """A guarded call that is timed, or that probes.
+
+    number: of a probe's permit. aside: of a node's own breaker. rides: on the permit of the call around it.
+    """
+
+    __slots__ = ("_began", "aside", "number", "rides")
+
+    def __init__(
+        self,
+        circuit: Circuit,
+        generation: int | None,
+        number: int | None = None,
+        *,
+        rides: bool = False,
+        aside: tuple[int, int | None] | None = None,
+    ) -> None:
+        self.circuit = circuit
+        self.generation = generation
+        self.around = surrounding()
+        self.ended = False
+        self.number = number
+        self.aside = aside
+        self.rides = rides
+        self._began = None if circuit.slow_s is None else circuit.clock()
+        _HELD.set(self)
+
+    def success(self) -> None:
+        self.finish(None)
+
+
+def surrounding() -> Permit | None:
+    """The guarded call that the running code is in, of any breaker, None outside one.
+
+    Those that have ended are taken out of the chain, so that it never grows with calls that overlap.
+    """
+    permit = _HELD.get()
+    while permit is not None and permit.ended:
+        permit = permit.around
+    if permit is not None:
+        while permit.around is not None and permit.around.ended:
+            permit.around = permit.around.around
+    return permit
+
+
+def _within(permit: Permit | None, full: str) -> Iterator[Permit]:
+    """The guarded calls of the breaker from `permit` outwards."""
+    while permit is not None:
+        if not permit.ended and permit.name == full:
+            yield permit
+        permit = permit.around
 
 
 def held(full: str) -> Permit | None:
     """The innermost guarded call of the breaker that the running code is in."""
-    for permit in reversed(_HELD.get()):
-        if not permit.ended and permit.name == full:
-            return permit
-    return None
+    return next(_within(_HELD.get(), full), None)
 
 
 def riding(circuit: Circuit) -> Permit | None:
     """A permit that rides on the probe which the running code is in; None outside one."""
-    if not _HELD.get():
-        return None
     outer = held(circuit.full)
     if outer is not None and outer.probes:
-        return Permit(circuit, outer.generation, None, rides=True)
+        return WatchedPermit(circuit, outer.generation, None, rides=True)
     return None
 
 

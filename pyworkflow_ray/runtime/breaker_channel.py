@@ -184,7 +184,7 @@ class Channel:
                     self._wake.set()
                 elif link.key is not None and now - link.used_at > KEY_IDLE_S and not link.mirror.busy:
                     self.links.discard(link)
-                    link.retired = True
+                    link.retire()
 
     def hear(self, key: str | None, view: View, now: float) -> None:
         """What the actor says of a key's state."""

@@ -27,7 +27,7 @@ from typing import Any
 
 from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.execution.breakers import CircuitGuard, LocalCircuit, conflict_error
-from pyworkflow_ray.execution.permits import Permit, refusal, riding
+from pyworkflow_ray.execution.permits import _HELD, Permit, WatchedPermit, refusal, riding, surrounding
 from pyworkflow_ray.resilience.breaker import Answer, BreakerEvent, BreakerState, Counts, View
 from pyworkflow_ray.resilience.breaker_settings import split_name
 from pyworkflow_ray.resilience.mirror import Asker, Mirror, Reply, Report
@@ -63,19 +63,22 @@ class Link:
         self.permits: set[int] = set()
         self.used_at = time.monotonic()
         self.retired = False
-        self.slow_s: float | None = mirror.effective.slow_call_duration
-        self._lives_until = self.used_at + SESSION_CHECK_S
+        self.slow_s: float | None = None
+        self.quiet = False
+        self._plain: View | None = None
+        self.lives_until = self.used_at + SESSION_CHECK_S
         self._lock = threading.Lock()
         self._failures_told = 0  # told and not yet counted: meanwhile a success matters too
         self._passed: list[Permit] = []  # successes that nobody waits for
         self._joined: Future[None] = Future()  # done as well where there was nobody to join
         self._alone: LocalCircuit | None = None
+        self._publish()
         channel.loop.call_soon_threadsafe(self._wake)
 
     # For guarded calls: any thread ---------------------------------------------------------------------------------
 
     def enter(self, news: int = 0, waits: Asker | None = None) -> Permit:
-        permit = riding(self)
+        permit = self._enter_freely(news, waits)
         if permit is not None:
             return permit
         if not self._joined.done():
@@ -95,7 +98,7 @@ class Link:
         return self._admit(answer, waits)
 
     async def enter_async(self, news: int = 0, waits: Asker | None = None) -> Permit:
-        permit = riding(self)
+        permit = self._enter_freely(news, waits)
         if permit is not None:
             return permit
         if not self._joined.done():
@@ -114,19 +117,41 @@ class Link:
                 self._withdraw(asked, answer)
         return self._admit(answer, waits)
 
+    def _enter_freely(self, news: int, waits: Asker | None) -> Permit | None:
+        """Riding on a probe, or through a closed breaker: without a lock, a wait or a question. None: not so."""
+        around = _HELD.get()
+        if around is not None:
+            if around.ended and around.around is None:
+                around = None
+            else:
+                permit = riding(self)
+                if permit is not None:
+                    return permit
+                around = surrounding()
+        view = self._plain
+        if view is None or news > view.heard or waits is not None or self.channel.down_since is not None:
+            return None
+        permit = Permit()
+        permit.circuit = self
+        permit.generation = view.generation
+        permit.around = around
+        permit.ended = False
+        _HELD.set(permit)
+        return permit
+
     def tell(self, permit: Permit, event: BreakerEvent, error: str, slow: bool = False) -> Future[None] | None:
         probing = permit.number is not None or (permit.aside is not None and permit.aside[1] is not None)
         if not probing and not slow and event is not BreakerEvent.FAILURE:
-            mirror = self.mirror
             # Read without the lock: a failure of another call that is being told at this moment has not ended before.
-            if not mirror.matters(event, None) and not (self._failures_told and event is BreakerEvent.SUCCESS):
+            if event is not BreakerEvent.SUCCESS or self.quiet:
                 return None
-            if event is BreakerEvent.SUCCESS and not mirror.known.view.failures and not self._failures_told:
+            if not self.mirror.known.view.failures and not self._failures_told:
                 self._pass(permit)
                 return None
         with self._lock:
             if event is BreakerEvent.FAILURE:
                 self._failures_told += 1
+                self.quiet = False
             report = Report(event, permit.generation, permit.number, error, slow, 1, permit.aside)
             told: Future[Any] = Future()
             # Under the lock, so that reports are queued in the order in which calls ended.
@@ -164,12 +189,16 @@ class Link:
     def serves(self) -> bool:
         """Whether this link still belongs to the Ray that this process is connected to; looked at now and then."""
         now = time.monotonic()
-        if now >= self._lives_until:
-            if not self.channel.session_lives():
-                return False
-            self._lives_until = now + SESSION_CHECK_S
-            self.used_at = now
-        return not self.channel.closed and not self.retired
+        if now < self.lives_until:
+            return True
+        if self.channel.closed or self.retired or not self.channel.session_lives():
+            return False
+        self.used_at, self.lives_until = now, now + SESSION_CHECK_S
+        return True
+
+    def retire(self) -> None:
+        """Nobody has used this key for a while; whoever comes makes a new link."""
+        self.retired, self.lives_until = True, 0.0
 
     def _check(self, news: int, waits: Asker | None) -> Answer | None:
         if self.mirror.conflict is not None:
@@ -204,7 +233,7 @@ class Link:
             elif known.view.state is BreakerState.FORCED_OPEN:
                 rest = None
             raise refusal(self, known.view, rest, None if waits is None else answer.retry_after_s)
-        return Permit(self, answer.generation, answer.permit, aside=answer.aside)
+        return WatchedPermit(self, answer.generation, answer.permit, aside=answer.aside)
 
     def _on_its_own(self) -> LocalCircuit | None:
         """A breaker of this process, where the cluster's has been unreachable long; it begins with what is known."""
@@ -297,7 +326,7 @@ class Link:
 
     def learn(self, view: View, now: float) -> None:
         self.mirror.learn(view, now)
-        self.slow_s = self.mirror.effective.slow_call_duration
+        self._publish()
 
     def receive(self, reply: Reply, now: float) -> None:
         self._alone = None
@@ -311,10 +340,22 @@ class Link:
                 self.permits.add(permit)
             if not resolve(future, answer) and answer is not None:
                 self._give_back(answer)  # whoever asked has given up
-        self.slow_s = self.mirror.effective.slow_call_duration
+        self._publish()
         self.join_is_over()
 
+    def _publish(self) -> None:
+        """What calls read without a lock and without asking the mirror. Plain: closed, for all, and without a clock."""
+        mirror = self.mirror
+        known = mirror.known
+        self.slow_s = mirror.effective.slow_call_duration
+        plain = known.joined and known.free and self.slow_s is None and mirror.conflict is None
+        with self._lock:
+            self.quiet = not self._failures_told and not mirror.matters(BreakerEvent.SUCCESS, None)
+        self._plain = known.view if plain else None
+
     def let_go(self) -> None:
+        """The channel has ended."""
+        self.lives_until, self._plain = 0.0, None
         for ticket in self.mirror.abandon():
             resolve(ticket[0], None)
         self.join_is_over()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import datetime as dt
 import logging
@@ -439,7 +440,40 @@ def test_a_permit_ends_once_and_is_forgotten() -> None:
     for _ in range(3):
         permit.failure("transient", ConnectionError())
     assert circuit.look().failures == 1
-    assert permit not in _HELD.get()
+    assert held("ends-once") is None
+
+
+def test_calls_that_overlap_for_ever_leave_no_chain_behind() -> None:
+    """Each begins before the one before it has ended, in one context."""
+    circuit = LocalCircuit("overlaps", BreakerSettings(5, 10.0))
+    before = circuit.enter()
+    for _ in range(100):
+        permit = circuit.enter()
+        before.success()
+        before = permit
+    length, around = 0, _HELD.get()
+    while around is not None:
+        length, around = length + 1, around.around
+    assert length <= 3
+
+
+def test_a_call_that_begins_while_another_opens_the_breaker_began_before() -> None:
+    """It read the state without the lock, in the very moment of the change: it is a late call, not an illegal one."""
+    circuit = LocalCircuit("moment", BreakerSettings(1, 10.0))
+    machine, began = circuit._breaker, []
+    view = machine.view
+
+    def look(now: float) -> Any:
+        if not began and machine.state == "open":
+            began.append(contextvars.copy_context().run(circuit.enter))
+        return view(now)
+
+    machine.view = look  # type: ignore[method-assign]
+    circuit.enter().failure("transient", ConnectionError())
+    [permit] = began
+    permit.failure("transient", ConnectionError())
+    assert circuit.look().state == "open"
+    assert circuit.look().failures == 1
 
 
 async def test_the_guard_of_an_async_attempt() -> None:
