@@ -31,6 +31,7 @@ from pyworkflow_ray.execution.breakers import (
     counting,
     declare,
     declare_later,
+    found_by_its_frame,
     held,
     kept_apart,
     listen,
@@ -335,7 +336,7 @@ class CircuitBreaker:
     def _guard_sync(self, function: Callable[P, R], shown: str) -> Callable[P, R]:
         @functools.wraps(function)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-            permit = self._circuit().enter()
+            permit = self._circuit().enter_frame()
             try:
                 result = function(*args, **kwargs)
             except BaseException as error:
@@ -351,6 +352,7 @@ class CircuitBreaker:
             permit.success()
             return result
 
+        found_by_its_frame(cast(Any, guarded).__code__)
         return guarded
 
     def _guard_async(self, function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:

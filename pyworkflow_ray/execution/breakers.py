@@ -21,7 +21,17 @@ from typing import Any, Protocol
 
 from pyworkflow_ray.errors import CircuitOpenError, ConfigurationError, RetryBudgetExhausted
 from pyworkflow_ray.execution.local_breaker import LocalCircuit
-from pyworkflow_ray.execution.permits import _HELD, Circuit, Permit, StateChange, held, listen, refusal, riding
+from pyworkflow_ray.execution.permits import (
+    _HELD,
+    Circuit,
+    Permit,
+    StateChange,
+    found_by_its_frame,
+    held,
+    listen,
+    refusal,
+    riding,
+)
 from pyworkflow_ray.resilience.breaker import BreakerSettings, BreakerState, Counts, View
 from pyworkflow_ray.resilience.breaker_settings import full_name, split_name
 from pyworkflow_ray.resilience.mirror import Asker
@@ -43,6 +53,7 @@ __all__ = [
     "declared",
     "declared_settings",
     "end_apart",
+    "found_by_its_frame",
     "held",
     "keep_apart",
     "kept_apart",

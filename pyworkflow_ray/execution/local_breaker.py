@@ -20,9 +20,9 @@ from pyworkflow_ray.execution.permits import (
     changed,
     listened,
     opened,
+    plain_permit,
     refusal,
     riding,
-    surrounding,
 )
 from pyworkflow_ray.resilience.breaker import Answer, Breaker, BreakerEvent, BreakerSettings, BreakerState, Counts, View
 from pyworkflow_ray.resilience.breaker_settings import split_name
@@ -63,27 +63,13 @@ class LocalCircuit:
         return self._breaker.idle and not self._waiters and self._free
 
     def enter(self, news: int = 0, waits: Asker | None = None) -> Permit:
-        around = _HELD.get()
-        if around is not None:
-            if around.ended and around.around is None:
-                around = None
-            else:
-                permit = riding(self)
-                if permit is not None:
-                    return permit
-                around = surrounding()
+        permit = riding(self)
+        if permit is not None:
+            return permit
         # Closed needs no lock. The generation is read first: if the state changes in between, the call is a late one.
         generation = self._generation
-        if self._plain and waits is None:
-            permit = Permit()
-            permit.circuit = self
-            permit.generation = generation
-            permit.around = around
-            permit.ended = False
-            _HELD.set(permit)
-            return permit
         if self._free and waits is None:
-            return WatchedPermit(self, generation)
+            return plain_permit(self, generation) if self._plain else WatchedPermit(self, generation)
 
         def ask(now: float) -> Answer:
             answer = self._breaker.ask(now)
@@ -96,6 +82,19 @@ class LocalCircuit:
             rest = answer.retry_after_s if view.ramp is not None else view.open_for_s
             raise refusal(self, view, rest, None if waits is None else answer.retry_after_s)
         return WatchedPermit(self, answer.generation, answer.permit)
+
+    def enter_frame(self) -> Permit:
+        generation = self._generation
+        last = _HELD.get()
+        within = last is not None and not (last.ended and last.around is None)
+        if self._plain and not within:
+            permit = Permit()
+            permit.circuit = self
+            permit.generation = generation
+            permit.around = None
+            permit.ended = False
+            return permit
+        return self.enter()
 
     async def enter_async(self, news: int = 0, waits: Asker | None = None) -> Permit:
         return self.enter(news, waits)

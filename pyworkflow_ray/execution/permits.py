@@ -11,11 +11,13 @@ process, and for a lease in a cluster. A predicate of the user's that raises is 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any, Protocol
 
 from pyworkflow_ray.durations import format_duration
@@ -30,6 +32,7 @@ log = logging.getLogger("pyworkflow_ray.breaker")
 
 # The guarded call that began last in this context; it knows the one around it.
 _HELD: ContextVar[Permit | None] = ContextVar("pyworkflow_ray_held_permits", default=None)
+_GUARDS: set[CodeType] = set()
 _SUCCESS = BreakerEvent.SUCCESS  # looked up once: an enum's member costs as much as a dictionary's item twice over
 _MAX_CHAIN = 100  # an exception's chain is followed so far
 
@@ -54,6 +57,11 @@ class Circuit(Protocol):
         ...
 
     async def enter_async(self, news: int = 0, waits: Asker | None = None) -> Permit: ...
+
+    def enter_frame(self) -> Permit:
+        """`enter` for a call that is one frame of its thread's stack, whose code is `found_by_its_frame`: putting a
+        permit into the context costs more than all the rest of a closed call."""
+        ...
 
     def tell(self, permit: Permit, event: BreakerEvent, error: str, slow: bool = False) -> Future[None] | None:
         """A call ended. None: that is all; else a future that is done once the breaker has counted it."""
@@ -84,9 +92,9 @@ class Permit:
     Of calls of one breaker within one another, a probe's inner calls ride on its permit (or they would wait for
     themselves), and a failure that an inner call has counted is not counted again by the call around it.
 
-    It has no constructor: `Circuit.enter` sets its fields, or a closed call would cost half as much again. around: what
-    `surrounding()` says. A context keeps its last call until the next one: forgetting it at once would cost as much as
-    keeping it.
+    It has no constructor: whoever makes one sets its fields, or a closed call would cost half as much again.
+
+    around: the next call of its context that it is within. A context keeps its last call until the next one.
     """
 
     __slots__ = ("_counted", "around", "circuit", "ended", "generation")
@@ -146,7 +154,7 @@ class Permit:
             counted = getattr(self, "_counted", None)
             if counted is not None and _in_chain(counted, error):
                 event = BreakerEvent.RELEASE
-            for outer in _within(self.around, self.name):
+            for outer in _enclosing(self):
                 outer._counted = error
         return self._end(event, error_text(error))
 
@@ -174,6 +182,17 @@ class Permit:
         if slow and not error:
             error = f"a slow call ({format_duration(took_s)})"
         return circuit.tell(self, event, error, slow)
+
+
+def plain_permit(circuit: Circuit, generation: int) -> Permit:
+    """Of a call through a closed breaker that nobody times; kept in the context."""
+    permit = Permit()
+    permit.circuit = circuit
+    permit.generation = generation
+    permit.around = surrounding()
+    permit.ended = False
+    _HELD.set(permit)
+    return permit
 
 
 class WatchedPermit(Permit):
@@ -234,8 +253,29 @@ def held(full: str) -> Permit | None:
     return next(_within(_HELD.get(), full), None)
 
 
+def found_by_its_frame(guard: CodeType) -> None:
+    """Calls of this code are guarded and keep their permit in the variable `permit`, not in the context."""
+    _GUARDS.add(guard)
+
+
+def _enclosing(permit: Permit) -> Iterator[Permit]:
+    """The guarded calls of its breaker that the end of a call is within."""
+    for outer in _within(_HELD.get(), permit.name):
+        if outer is not permit:
+            yield outer
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _GUARDS:
+            outer = frame.f_locals["permit"]
+            if outer is not permit and not outer.ended and outer.name == permit.name:
+                yield outer
+        frame = frame.f_back
+
+
 def riding(circuit: Circuit) -> Permit | None:
     """A permit that rides on the probe which the running code is in; None outside one."""
+    if _HELD.get() is None:
+        return None
     outer = held(circuit.full)
     if outer is not None and outer.probes:
         return WatchedPermit(circuit, outer.generation, None, rides=True)

@@ -27,7 +27,7 @@ from typing import Any
 
 from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.execution.breakers import CircuitGuard, LocalCircuit, conflict_error
-from pyworkflow_ray.execution.permits import _HELD, Permit, WatchedPermit, refusal, riding, surrounding
+from pyworkflow_ray.execution.permits import _HELD, Permit, WatchedPermit, plain_permit, refusal, riding
 from pyworkflow_ray.resilience.breaker import Answer, BreakerEvent, BreakerState, Counts, View
 from pyworkflow_ray.resilience.breaker_settings import split_name
 from pyworkflow_ray.resilience.mirror import Asker, Mirror, Reply, Report
@@ -117,27 +117,31 @@ class Link:
                 self._withdraw(asked, answer)
         return self._admit(answer, waits)
 
+    def enter_frame(self) -> Permit:
+        view = self._plain
+        last = _HELD.get()
+        if (
+            view is not None
+            and self.channel.down_since is None
+            and (last is None or (last.ended and last.around is None))
+        ):
+            permit = Permit()
+            permit.circuit = self
+            permit.generation = view.generation
+            permit.around = None
+            permit.ended = False
+            return permit
+        return self.enter()
+
     def _enter_freely(self, news: int, waits: Asker | None) -> Permit | None:
         """Riding on a probe, or through a closed breaker: without a lock, a wait or a question. None: not so."""
-        around = _HELD.get()
-        if around is not None:
-            if around.ended and around.around is None:
-                around = None
-            else:
-                permit = riding(self)
-                if permit is not None:
-                    return permit
-                around = surrounding()
+        permit = riding(self)
+        if permit is not None:
+            return permit
         view = self._plain
         if view is None or news > view.heard or waits is not None or self.channel.down_since is not None:
             return None
-        permit = Permit()
-        permit.circuit = self
-        permit.generation = view.generation
-        permit.around = around
-        permit.ended = False
-        _HELD.set(permit)
-        return permit
+        return plain_permit(self, view.generation)
 
     def tell(self, permit: Permit, event: BreakerEvent, error: str, slow: bool = False) -> Future[None] | None:
         probing = permit.number is not None or (permit.aside is not None and permit.aside[1] is not None)

@@ -465,3 +465,36 @@ def test_case_13_with_an_unreachable_actor_a_process_goes_on_by_its_own_evidence
     link.enter().success()
     assert caplog.text.count("does not answer") == 1
     link.close()
+
+
+def test_case_16_a_closed_call_asks_nobody_and_takes_no_lock(
+    processes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaker = new(2)
+    assert breaker.state == "closed"
+    link = breaker._circuit()
+    assert isinstance(link, Link)
+    sent: list[Any] = []
+    send, lock = link.channel._send, link._lock
+
+    async def counting(messages: list[Any]) -> Any:
+        sent.append(messages)
+        return await send(messages)
+
+    class NoLock:
+        def __enter__(self) -> None:
+            assert threading.current_thread() is not threading.main_thread(), "a lock was taken"
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr(link.channel, "_send", counting)
+    monkeypatch.setattr(link, "_lock", NoLock())
+    guarded = breaker.call(lambda: 1)
+    for _ in range(10_000):
+        assert guarded() == 1
+        with breaker:
+            pass
+    assert sent == []
+    monkeypatch.setattr(link, "_lock", lock)
+    assert call_dead_service(breaker, 1) == ["ConnectionError"]
+    assert len(sent) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import datetime as dt
@@ -25,6 +26,7 @@ from pyworkflow_ray.breaker import BreakerState, CircuitBreaker
 from pyworkflow_ray.errors import CircuitOpenError, ConfigurationError, FatalError
 from pyworkflow_ray.execution.breakers import _HELD, CircuitGuard, LocalCircuit, declared, declared_settings, held
 from pyworkflow_ray.resilience.breaker import BreakerSettings
+from pyworkflow_ray.step import step
 
 in_this_module = CircuitBreaker(failure_threshold=9)
 
@@ -295,23 +297,63 @@ async def test_case_15_nested_calls_do_not_deadlock_in_other_tasks_and_threads()
     assert breaker.state == "closed"
 
 
-def test_one_failure_in_nested_calls_counts_once() -> None:
-    breaker = new(3)
+@pytest.mark.parametrize(
+    ("around", "inside"),
+    [
+        (around, inside)
+        for around in ("call", "with", "async call", "async with", "step")
+        for inside in ("call", "with", "step", "gather", "thread")
+        if around != "call" or inside not in ("gather", "thread")  # a sync function awaits nothing
+    ],
+)
+async def test_one_failure_in_nested_calls_counts_once(around: str, inside: str) -> None:
+    breaker = new(5)
 
     @breaker.call
     def inner() -> None:
         raise ConnectionError
 
     @breaker.call
-    def outer() -> None:
+    async def inner_async() -> None:
+        raise ConnectionError
+
+    async def fails() -> None:
         try:
-            inner()
+            if inside == "with":
+                with breaker:
+                    raise ConnectionError
+            elif inside == "step":
+                step(breaker=breaker)(inner.__wrapped__)()  # type: ignore[attr-defined]
+            elif inside == "gather":
+                await asyncio.gather(inner_async(), asyncio.sleep(0))
+            elif inside == "thread":
+                await asyncio.to_thread(inner)
+            else:
+                inner()
         except ConnectionError as error:
             raise TimeoutError("gave up") from error
 
+    def fails_at_once() -> None:
+        with contextlib.suppress(StopIteration):
+            fails().send(None)
+
+    async def outer() -> None:
+        if around == "call":
+            breaker.call(fails_at_once)()
+        elif around == "with":
+            with breaker:
+                await fails()
+        elif around == "async call":
+            await breaker.call(fails)()
+        elif around == "async with":
+            async with breaker:
+                await fails()
+        else:
+            await step(breaker=breaker)(fails)()
+
     for _ in range(2):
         with pytest.raises(TimeoutError):
-            outer()
+            await outer()
     assert breaker._circuit().look().failures == 2
 
 
@@ -489,3 +531,30 @@ def test_a_breaker_needs_no_ray() -> None:
         "with b: pass\nassert b.state == 'closed' and 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class NoLock:
+    """A lock that nobody may take."""
+
+    def __enter__(self) -> None:
+        raise AssertionError("a lock was taken")
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+async def test_case_16_a_closed_call_takes_no_lock() -> None:
+    breaker = new(2)
+    circuit = breaker._circuit()
+    circuit._lock = NoLock()  # type: ignore[attr-defined]
+
+    @breaker.call
+    async def guarded() -> int:
+        return breaker.call(lambda: 1)()
+
+    assert await guarded() == 1
+    with breaker:
+        pass
+    async with breaker:
+        pass
+    with pytest.raises(AssertionError, match="a lock was taken"), breaker:
+        raise ConnectionError
