@@ -30,7 +30,9 @@ from pyworkflow_ray.resilience.breaker_settings import split_name
 from pyworkflow_ray.resilience.mirror import Message, Mirror, Reply
 from pyworkflow_ray.resilience.truth import Truth
 from pyworkflow_ray.runtime.breaker_channel import KEY_IDLE_S, Channel, session_id
+from pyworkflow_ray.runtime.breaker_line import Teller, Views
 from pyworkflow_ray.runtime.breaker_link import WAIT_S, Link, new_process_id
+from pyworkflow_ray.runtime.line import Address
 from pyworkflow_ray.storage.breaker_states import BreakerStates
 
 log = logging.getLogger("pyworkflow_ray.breaker")
@@ -67,6 +69,9 @@ class BreakerActor:
         self._kept = None if root is None else BreakerStates(root, name)
         self._saving: asyncio.Task[None] | None = None
         self._saved = 0  # the latest change of a state that is kept
+        self._teller = Teller(ray.get_runtime_context().get_node_id(), lambda: self._said_since(None))
+        self._telling: asyncio.TimerHandle | None = None
+        self._untold: dict[str | None, _Cell] = {}  # what has changed since the line told
         self._restore()
 
     def __repr__(self) -> str:
@@ -81,7 +86,7 @@ class BreakerActor:
             before, was = cell.truth.breaker.version, self._kept_of(cell)
             replies.append(cell.truth.handle(message, now))
             if cell.truth.breaker.version != before:
-                self._announce(cell, urgent=self._kept_of(cell) != was)
+                self._announce(key, cell, urgent=self._kept_of(cell) != was)
         self._drop_idle(time.monotonic())
         return replies
 
@@ -97,13 +102,11 @@ class BreakerActor:
             gather_until = time.monotonic() + GATHER_S
             while self._urgent <= since and time.monotonic() < gather_until:
                 await self._wait_for_change(gather_until)
-        now = time.monotonic()
-        new = [
-            (key, cell.truth.view(now))
-            for key, cell in self._cells.items()
-            if (cell.changed_at > since if since is not None else not cell.truth.idle)
-        ]
-        return (self._incarnation, self._changes), new
+        return (self._incarnation, self._changes), self._said_since(since)
+
+    async def line(self) -> Address | None:
+        """Where processes of this node hear of changes at once."""
+        return await self._teller.address()
 
     async def snapshot(self) -> list[tuple[str | None, View]]:
         """The breaker, and all keys of which there is something to say."""
@@ -171,18 +174,39 @@ class BreakerActor:
                 cell.used_at = now
                 self._cells.move_to_end(key)
 
+    def _said_since(self, since: int | None) -> Views:
+        """What has changed since; None: all that there is to say."""
+        now = time.monotonic()
+        return [
+            (key, cell.truth.view(now))
+            for key, cell in self._cells.items()
+            if (cell.changed_at > since if since is not None else not cell.truth.idle)
+        ]
+
+    def _tell(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        now, untold = time.monotonic(), self._untold
+        self._untold = {}
+        self._teller.tell([(key, cell.truth.view(now)) for key, cell in untold.items()])
+
     async def _wait_for_change(self, until: float) -> None:
         try:
             await asyncio.wait_for(self._changed.wait(), max(0.0, until - time.monotonic()))
         except TimeoutError:
             return
 
-    def _announce(self, cell: _Cell, *, urgent: bool) -> None:
+    def _announce(self, key: str | None, cell: _Cell, *, urgent: bool) -> None:
         self._changes += 1
         cell.changed_at = self._changes
+        self._untold[key] = cell
         if urgent:
             self._urgent = self._changes
+            self._tell()
             self._keep()
+        elif self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(GATHER_S, self._tell)
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -27,6 +27,8 @@ import ray
 
 from pyworkflow_ray.execution.permits import changed, listened, opened
 from pyworkflow_ray.resilience.breaker import PERMIT_LEASE_S, Answer, BreakerState, View
+from pyworkflow_ray.runtime.breaker_line import Views, follow
+from pyworkflow_ray.runtime.line import Address
 
 if TYPE_CHECKING:
     from pyworkflow_ray.runtime.breaker_link import Link
@@ -145,7 +147,7 @@ class Channel:
         )
 
     async def _watch(self) -> None:
-        """Hear of changes: a call that the actor answers when something changes."""
+        """Hear of changes: by the line on the actor's node, else by a call that it answers when something changes."""
         while not self.closed:
             if self._actor is None or not any(link.mirror.known.joined for link in self.links):
                 await asyncio.sleep(0.05)
@@ -154,6 +156,9 @@ class Channel:
                 if not self.session_lives():
                     self.end()
                     return
+                if await self._follow_line():
+                    self._show()  # the actor is gone, or has cut us off
+                    continue
                 seen = self._actor.watch.remote(self._cursor, WATCH_S)
                 cursor, views = await asyncio.wait_for(asyncio.wrap_future(seen.future()), WATCH_S + CALL_TIMEOUT_S)
                 if self._cursor is not None and cursor[0] != self._cursor[0]:
@@ -165,6 +170,25 @@ class Channel:
                 log.debug("circuit breaker %r: watching its actor failed: %r", self.name, error)
                 self._show()  # finds the actor again
                 await asyncio.sleep(0.2)
+
+    async def _follow_line(self) -> bool:
+        """Hear of changes until the line ends; False: there is none to this process."""
+        asked = asyncio.wrap_future(self._actor.line.remote().future())
+        address: Address | None = await asyncio.wait_for(asked, CALL_TIMEOUT_S)
+        if address is None or address.node != ray.get_runtime_context().get_node_id():
+            return False
+
+        def hear(views: Views) -> None:
+            for key, view in views:
+                self.hear(key, view, time.monotonic())
+            self._cursor = self._cursor or ("", 0)
+
+        try:
+            await follow(address, hear)
+        except OSError as error:
+            log.debug("circuit breaker %r: no line to its actor: %s", self.name, error)
+            return False
+        return True
 
     def _show(self) -> None:
         """The actor may have been restarted: show it what we know."""
