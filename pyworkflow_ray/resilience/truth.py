@@ -54,8 +54,9 @@ class Truth:
         if conflict is not None:
             return Reply(self.view(now), conflict=conflict)
         known = self._replies.get(message.process)
-        if known is not None and known[0] == message.seq:  # its answer was lost
-            return replace(known[1], view=self.view(now))
+        if known is not None and message.seq <= known[0]:
+            # Its answer was lost; or it was overtaken by a repeated one, and nobody waits for its answer any more.
+            return replace(known[1], view=self.view(now)) if message.seq == known[0] else Reply(self.view(now))
         self.meet(message.view, now)
         self.heard = max(self.heard, message.news)
         was_closed = self.breaker.view(now).state is BreakerState.CLOSED

@@ -355,3 +355,17 @@ def test_giving_up_returns_every_ticket_once() -> None:
     mirror.report(Report(BreakerEvent.RELEASE, 0))
     assert sorted(mirror.abandon()) == ["a", "b", "c"]
     assert mirror.next_message() is None
+
+
+def test_a_message_that_was_overtaken_by_its_own_repetition_counts_nothing() -> None:
+    """It was sent again, that one was answered, and so was the next message; then the first one arrives."""
+    cluster = Cluster(3, 60.0, 1)
+    [mirror] = cluster.mirrors
+    mirror.report(Report(BreakerEvent.FAILURE, None))
+    slow = mirror.next_message()
+    assert slow is not None
+    cluster.exchange(mirror)
+    mirror.report(Report(BreakerEvent.FAILURE, 0))
+    cluster.exchange(mirror)
+    assert cluster.truth.handle(slow, 1.0).answers == ()
+    assert cluster.truth.view(1.0).failures == 2
