@@ -95,8 +95,8 @@ class Process:
     def told(self) -> list[tuple[str | None, str, str]]:
         return self.heard
 
-    def race(self, breaker: CircuitBreaker, until: float) -> list[tuple[float, float]]:
-        """Ask again and again, from eight threads; when each call that was let through ran."""
+    def race(self, breaker: CircuitBreaker, until: float, threads: int = 8) -> list[tuple[float, float]]:
+        """Ask again and again, from some threads; when each call that was let through ran."""
         ran: list[tuple[float, float]] = []
 
         def ask() -> None:
@@ -110,12 +110,28 @@ class Process:
                 except Exception:
                     time.sleep(0.001)
 
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        for thread in threads:
+        asking = [threading.Thread(target=ask) for _ in range(threads)]
+        for thread in asking:
             thread.start()
-        for thread in threads:
+        for thread in asking:
             thread.join()
         return ran
+
+    def pretend(self, breaker: CircuitBreaker, node: str) -> None:
+        """As if this process ran on another node."""
+        with breaker:
+            breaker._circuit().mirror.node = node  # type: ignore[attr-defined]
+
+    def count_through(self, breaker: CircuitBreaker, calls: int) -> int:
+        """How many of so many calls, one after another, are let through."""
+        through = 0
+        for _ in range(calls):
+            try:
+                with breaker:
+                    through += 1
+            except CircuitOpenError:
+                continue
+        return through
 
     def probe_and_die(self, breaker: CircuitBreaker) -> None:
         with breaker:
@@ -498,3 +514,81 @@ def test_case_16_a_closed_call_asks_nobody_and_takes_no_lock(
     monkeypatch.setattr(link, "_lock", lock)
     assert call_dead_service(breaker, 1) == ["ConnectionError"]
     assert len(sent) == 1
+
+
+# Several nodes, a ramp, faults in half-open ---------------------------------------------------------------------------
+
+
+def test_case_2_a_sick_node_is_cut_off_alone_and_the_second_one_opens_it_for_all(processes: list[Any]) -> None:
+    breaker = CircuitBreaker(f"test-{uuid.uuid4().hex}", failure_threshold=2, recovery_timeout=600, min_nodes=2)
+    sick, well = processes
+    ray.get([sick.pretend.remote(breaker, "sick"), well.pretend.remote(breaker, "well")])
+    assert ray.get(sick.fail.remote(breaker, 4)) == ["ConnectionError"] * 2 + ["CircuitOpenError"] * 2
+    assert ray.get(well.succeed.remote(breaker)) == "ok"
+    snapshot = breaker.snapshot()
+    assert snapshot.state == "closed"
+    assert list(snapshot.nodes) == ["sick"]
+    assert "2 consecutive failures" in snapshot.nodes["sick"]
+    breaker.reset()
+    assert breaker.snapshot().nodes == {}
+    assert ray.get(sick.fail.remote(breaker, 1)) == ["ConnectionError"]
+    assert ray.get(well.fail.remote(breaker, 1)) == ["ConnectionError"]
+    assert breaker.state == "open"
+    assert "from 2 nodes" in breaker.snapshot().reason
+    for process in processes:
+        with pytest.raises(CircuitOpenError):
+            ray.get(process.succeed.remote(breaker))
+
+
+def test_case_9_a_ramp_is_one_for_all_processes(processes: list[Any]) -> None:
+    breaker = CircuitBreaker(f"test-{uuid.uuid4().hex}", failure_threshold=1, recovery_timeout=0, ramp="10m")
+    assert ray.get(processes[0].fail.remote(breaker, 1)) == ["ConnectionError"]
+    assert ray.get(processes[1].succeed.remote(breaker)) == "ok"  # the probe
+    assert breaker.snapshot().ramp == pytest.approx(0.05, abs=0.05)
+    through = ray.get([process.count_through.remote(breaker, 100) for process in processes])
+    assert sum(through) < 100, through  # a share of what both offer, never all
+    breaker.configure(ramp=None)
+    assert ray.get([process.count_through.remote(breaker, 20) for process in processes]) == [20, 20]
+
+
+def test_case_13_sigkill_of_the_actor_in_half_open_lets_no_second_probe_through(processes: list[Any]) -> None:
+    breaker = new(1, 0)
+    ray.get(processes[0].fail.remote(breaker, 1))
+    with breaker:
+        assert ray.get([process.state.remote(breaker) for process in processes]) == ["half_open", "half_open"]
+        pid = actor_pid(breaker)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+        for process in processes:
+            with pytest.raises(CircuitOpenError):
+                ray.get(process.succeed.remote(breaker))
+        assert breaker.state == "half_open"
+        assert actor_pid(breaker) != pid
+    assert breaker.state == "closed"
+    assert ray.get([process.succeed.remote(breaker) for process in processes]) == ["ok", "ok"]
+
+
+@pytest.mark.slow
+def test_case_6_fifty_processes_at_the_half_open_edge_never_run_more_probes_than_permits() -> None:
+    permits = 3
+    breaker = CircuitBreaker(
+        f"test-{uuid.uuid4().hex}", failure_threshold=1, recovery_timeout=0.05, half_open_max_calls=permits
+    )
+    actors = [ray.remote(Process).options(num_cpus=0).remote() for _ in range(50)]
+    try:
+        assert len(set(ray.get([actor.pid.remote() for actor in actors]))) == 50
+        assert ray.get(actors[0].fail.remote(breaker, 1)) == ["ConnectionError"]
+        assert set(ray.get([actor.state.remote(breaker) for actor in actors])) == {"open"}
+        until = time.time() + 20
+        ran = [span for spans in ray.get([a.race.remote(breaker, until, 2) for a in actors]) for span in spans]
+        assert len(ran) > 50
+        # An end sorts before a beginning of the same instant.
+        edges = sorted([(began, 1) for began, _ in ran] + [(ended, -1) for _, ended in ran])
+        at_once = most = 0
+        for _, step in edges:
+            at_once += step
+            most = max(most, at_once)
+        assert 1 < most <= permits
+    finally:
+        for actor in actors:
+            ray.kill(actor)
