@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from pyworkflow_ray.breaker import CircuitBreaker
+from pyworkflow_ray.resilience.breaker_table import diagram, table_text
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
-@pytest.mark.parametrize("page", ["migration.md", "testing.md"])
+@pytest.mark.parametrize("page", ["breakers.md", "migration.md", "testing.md"])
 def test_the_blocks_of_the_page_do_what_it_says(page: str, tmp_path: Path) -> None:
     blocks = BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
     assert blocks
@@ -25,3 +29,17 @@ def test_the_blocks_of_the_page_do_what_it_says(page: str, tmp_path: Path) -> No
         [sys.executable, "-m", "pytest", "-q", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_diagram_and_the_table_of_the_breaker_are_those_that_run() -> None:
+    page = (DOCS / "breakers.md").read_text(encoding="utf-8")
+    assert f"```mermaid\n{diagram()}```\n" in page, f"docs/breakers.md is to hold exactly:\n{diagram()}"
+    assert f"\n\n{table_text()}\n" in page, f"docs/breakers.md is to hold exactly:\n{table_text()}"
+
+
+def test_every_option_of_the_breaker_is_documented() -> None:
+    page = (DOCS / "breakers.md").read_text(encoding="utf-8")
+    options = [
+        name for name in inspect.signature(CircuitBreaker.__init__).parameters if name not in ("self", "options")
+    ]
+    assert [name for name in options if f"`{name}`" not in page] == []

@@ -294,7 +294,7 @@ def test_a_step_knows_its_breaker_from_the_call_the_process_or_the_actor(process
     assert ray.get(processes[0].attempt.remote(call, None))[0] == "succeeded"
 
 
-def test_conflicting_settings_between_processes_are_named_at_first_use(processes: list[Any]) -> None:
+def test_case_12_conflicting_settings_between_processes_are_named_at_first_use(processes: list[Any]) -> None:
     breaker = new(5, 60)
     assert breaker.state == "closed"
 

@@ -133,7 +133,7 @@ def test_a_script_is_named_after_its_file(tmp_path: Path) -> None:
     assert done.stdout.split() == ["billing:payments"] * 2
 
 
-def test_same_name_other_settings_names_breaker_option_and_both_values() -> None:
+def test_case_12_same_name_other_settings_names_breaker_option_and_both_values() -> None:
     breaker = new(5, 30)
     with pytest.raises(ConfigurationError) as caught:
         CircuitBreaker(breaker.name, failure_threshold=5, recovery_timeout=45)
@@ -227,14 +227,14 @@ def test_a_function_that_returns_a_coroutine_is_refused_rather_than_counted() ->
     assert breaker.state == "closed"
 
 
-def test_a_permanent_error_does_not_count() -> None:
+def test_case_4_a_permanent_error_does_not_count() -> None:
     breaker = new(1)
     fail(breaker, 3, ValueError("bad card"))
     fail(breaker, 3, FatalError())
     assert breaker.state == "closed"
 
 
-async def test_a_cancelled_call_counts_for_nothing_and_gives_its_permit_back() -> None:
+async def test_case_5_a_cancelled_call_counts_for_nothing_and_gives_its_permit_back() -> None:
     breaker = new(1, 0)
     fail(breaker, 1)
 

@@ -148,7 +148,7 @@ def test_forced_states_and_reset() -> None:
     succeed(breaker)
 
 
-def test_configure_changes_the_living_breaker_and_not_what_is_declared() -> None:
+def test_case_12_configure_changes_the_living_breaker_and_not_what_is_declared() -> None:
     breaker = new(failure_threshold=5)
     breaker.configure(failure_threshold=1, recovery_timeout="5m")
     fail(breaker)

@@ -169,7 +169,7 @@ def test_a_success_between_failures_keeps_it_closed() -> None:
 
 
 @pytest.mark.parametrize("event", [E.ANSWERED, E.RELEASE], ids=str)
-def test_permanent_errors_and_cancelled_calls_neither_count_nor_clear(event: BreakerEvent) -> None:
+def test_case_4_permanent_errors_and_cancelled_calls_neither_count_nor_clear(event: BreakerEvent) -> None:
     breaker = Breaker(BreakerSettings(3, 60.0))
     for end in (E.FAILURE, event, E.FAILURE):
         breaker.ended(end, 0.0, generation=0)
@@ -239,13 +239,13 @@ def test_a_failed_probe_opens_it_for_the_whole_recovery_timeout() -> None:
     assert breaker.view(5.0).reason == "the call that probed failed: TimeoutError"
 
 
-def test_a_permanent_error_ends_the_probe_as_a_success() -> None:
+def test_case_4_a_permanent_error_ends_the_probe_as_a_success() -> None:
     breaker = breaker_in(HALF_OPEN)
     breaker.ended(E.ANSWERED, 1.0, generation=breaker.generation, permit=permit_of(breaker))
     assert (breaker.state, breaker.failures) == (CLOSED, 0)
 
 
-def test_a_cancelled_probe_gives_its_permit_back() -> None:
+def test_case_5_a_cancelled_probe_gives_its_permit_back() -> None:
     breaker = breaker_in(HALF_OPEN)
     first = permit_of(breaker)
     breaker.ended(E.RELEASE, 1.0, generation=breaker.generation, permit=first)
@@ -255,7 +255,7 @@ def test_a_cancelled_probe_gives_its_permit_back() -> None:
     assert again.permit not in (None, first)
 
 
-def test_a_lease_that_is_not_renewed_counts_as_a_failure_from_its_end_on() -> None:
+def test_case_6_a_lease_that_is_not_renewed_counts_as_a_failure_from_its_end_on() -> None:
     breaker = breaker_in(HALF_OPEN)
     permit, generation = permit_of(breaker), breaker.generation
     assert breaker.view(PERMIT_LEASE_S - 0.001).state is HALF_OPEN
@@ -266,7 +266,7 @@ def test_a_lease_that_is_not_renewed_counts_as_a_failure_from_its_end_on() -> No
     assert breaker.state is OPEN
 
 
-def test_a_hanging_probe_that_renews_keeps_its_one_permit() -> None:
+def test_case_6_a_hanging_probe_that_renews_keeps_its_one_permit() -> None:
     breaker = breaker_in(HALF_OPEN)
     permit = permit_of(breaker)
     assert permit is not None
@@ -288,7 +288,7 @@ def test_without_a_lease_a_permit_lasts() -> None:
 
 
 @pytest.mark.parametrize(("told", "kept"), [(-5.0, 0.0), (12.0, 12.0), (1e9, 60.0)])
-def test_the_rest_of_the_open_time_is_clamped_when_taken_over(told: float, kept: float) -> None:
+def test_case_11_the_rest_of_the_open_time_is_clamped_when_taken_over(told: float, kept: float) -> None:
     breaker = Breaker(BreakerSettings(5, 60.0))
     breaker.adopt(View(version=9, generation=3, state=OPEN, failures=5, open_for_s=told), 1000.0)
     assert breaker.retry_after(1000.0) == kept
