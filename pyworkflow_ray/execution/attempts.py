@@ -270,6 +270,8 @@ def attempts(plan: Plan) -> Generator[Command, Answer, Ended]:
         ended_at = plan.clock()
         if plan.patient and isinstance(answer, Refused):
             wait_s = ASK_AGAIN_S if answer.error.ask_again_s is None else answer.error.ask_again_s
+            if plan.wait_max_s is None:
+                wait_s = min(wait_s, ASK_AGAIN_S)  # nobody can call us while we sleep: a person may have closed it
             resume_at = ended_at + wait_s
             if deadline is None or resume_at <= deadline:
                 continue  # no attempt is spent

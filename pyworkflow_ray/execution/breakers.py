@@ -70,13 +70,15 @@ MAX_KEYS = 10_000  # of idle ones no more are kept
 class CircuitGuard:
     """The breaker of a step's attempts: what the attempt loop knows of breakers (protocol `Guard`).
 
-    news: the newest version of the breaker that the step's run has heard of. who: the step call, among those who wait.
+    news: the newest version of the breaker that the step's run has heard of. who: the step call, among those who wait;
+    run: the storage and run that it is called by.
     """
 
-    def __init__(self, circuit: Circuit, news: int = 0, who: str = "") -> None:
+    def __init__(self, circuit: Circuit, news: int = 0, who: str = "", run: tuple[str, str] | None = None) -> None:
         self._circuit = circuit
         self._news = news
         self._who = who
+        self._run = run
 
     @property
     def name(self) -> str:
@@ -104,7 +106,7 @@ class CircuitGuard:
         return await self._circuit.enter_async(self._news, self._asker(waited_s))
 
     def _asker(self, waited_s: float | None) -> Asker | None:
-        return None if waited_s is None else Asker(self._who or f"{id(self)}", waited_s)
+        return None if waited_s is None else Asker(self._who or f"{id(self)}", waited_s, self._run)
 
 
 # The names declared in this process -------------------------------------------------------------------------------

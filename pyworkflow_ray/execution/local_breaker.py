@@ -74,7 +74,7 @@ class LocalCircuit:
         def ask(now: float) -> Answer:
             answer = self._breaker.ask(now)
             if waits is not None:
-                answer = self._waiters.answered(waits.who, waits.waited_s, answer, self._breaker, now)
+                answer = self._waiters.answered(waits, answer, self._breaker, now)
             return answer
 
         answer, view = self._change(ask)

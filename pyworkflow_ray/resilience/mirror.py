@@ -50,10 +50,14 @@ class Report:
 
 
 class Asker(NamedTuple):
-    """Who asks to be let through. who: of one who waits until then, its name; waited_s: for how long it has."""
+    """Who asks to be let through. who: of one who waits until then, its name; waited_s: for how long it has.
+
+    run: by which storage and run it is called where it may come earlier than it was told.
+    """
 
     who: str = ""
     waited_s: float = 0.0
+    run: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ class Truth:
         self.lineage = lineage
         self.heard = 0
         self.waiters = Waiters()
+        self._recall = False  # a person has changed what waiters were told
         self._nodes: dict[str, Breaker] = {}
         self._replies: OrderedDict[str, tuple[int, Reply]] = OrderedDict()
 
@@ -60,6 +61,7 @@ class Truth:
         self.meet(message.view, now)
         self.heard = max(self.heard, message.news)
         was_closed = self.breaker.view(now).state is BreakerState.CLOSED
+        self._recall |= bool(message.forces or message.configure)
         for force in message.forces:
             self.breaker.force(force, now)
             self._nodes.clear()
@@ -77,6 +79,14 @@ class Truth:
         if len(self._replies) > MAX_REMEMBERED_PROCESSES:
             self._replies.popitem(last=False)
         return reply
+
+    def recalls(self, now: float) -> list[tuple[float, str, tuple[str, str]]]:
+        """Who is to come earlier than it was told, since a person has changed the state or the settings: after so many
+        seconds, its name among those who wait, storage and run."""
+        if not self._recall:
+            return []
+        self._recall = False
+        return self.waiters.recalled(self.breaker, now)
 
     def view(self, now: float) -> View:
         view = self.breaker.view(now)
@@ -152,7 +162,7 @@ class Truth:
             else:
                 answer = answer._replace(aside=(aside.generation or 0, aside.permit))
         if asker.who:
-            answer = self.waiters.answered(asker.who, asker.waited_s, answer, self.breaker, now)
+            answer = self.waiters.answered(asker, answer, self.breaker, now)
         return answer
 
     def _report(self, report: Report, node: str, now: float) -> None:

@@ -33,6 +33,7 @@ from pyworkflow_ray.runtime.breaker_channel import KEY_IDLE_S, Channel, session_
 from pyworkflow_ray.runtime.breaker_line import Teller, Views
 from pyworkflow_ray.runtime.breaker_link import WAIT_S, Link, new_process_id
 from pyworkflow_ray.runtime.line import Address
+from pyworkflow_ray.runtime.messages import controller_name
 from pyworkflow_ray.storage.breaker_states import BreakerStates
 
 log = logging.getLogger("pyworkflow_ray.breaker")
@@ -85,6 +86,8 @@ class BreakerActor:
             cell = self._cell(key, now)
             before, was = cell.truth.breaker.version, self._kept_of(cell)
             replies.append(cell.truth.handle(message, now))
+            for after_s, who, (storage_id, run_id) in cell.truth.recalls(now):
+                asyncio.get_running_loop().call_later(after_s, self._recall, cell, who, storage_id, run_id)
             if cell.truth.breaker.version != before:
                 self._announce(key, cell, urgent=self._kept_of(cell) != was)
         self._drop_idle(time.monotonic())
@@ -173,6 +176,18 @@ class BreakerActor:
             else:
                 cell.used_at = now
                 self._cells.move_to_end(key)
+
+    def _recall(self, cell: _Cell, who: str, storage_id: str, run_id: str) -> None:
+        """A run that waits may come now; where it can't be told, it comes when it was due."""
+        if cell.truth.waiters.waits(who):
+            # Looking an actor up blocks.
+            asyncio.get_running_loop().run_in_executor(None, self._wake_run, storage_id, run_id)
+
+    def _wake_run(self, storage_id: str, run_id: str) -> None:
+        try:
+            ray.get_actor(controller_name(storage_id), namespace=NAMESPACE).wake.remote(run_id)
+        except Exception as error:
+            log.debug("circuit breaker %r: run %r can't be woken: %r", self._name, run_id, error)
 
     def _said_since(self, since: int | None) -> Views:
         """What has changed since; None: all that there is to say."""
@@ -308,7 +323,8 @@ def guard_for(call: StepCall) -> CircuitGuard | None:
     if here is None:
         options = call.breaker_settings or settings_of(call.breaker)
         here = declare(call.breaker, BreakerSettings.from_options(options))
-    return CircuitGuard(link_for(here), call.breaker_generation, f"{call.run_uid}:{call.position}")
+    who, run = f"{call.run_uid}:{call.position}", (call.storage_id, call.run_id)
+    return CircuitGuard(link_for(here), call.breaker_generation, who, run)
 
 
 def settings_of(name: str) -> dict[str, Any]:

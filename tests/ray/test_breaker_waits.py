@@ -18,20 +18,30 @@ import pyworkflow_ray as pw
 pytestmark = pytest.mark.ray
 
 
-def test_case_8_a_run_waits_parked_for_its_breaker_and_spends_no_attempt(runtime: Path) -> None:
+@pytest.mark.parametrize("how", ["reset", "force_closed", "configure"])
+def test_case_8_a_run_waits_parked_for_its_breaker_until_a_person_changes_it(runtime: Path, how: str) -> None:
+    """It would wait for an hour, spends no attempt, and comes at once."""
     breaker = flows.dead_host
+    breaker.reset()
+    breaker.configure(recovery_timeout=3600)
     with pytest.raises(ConnectionError), breaker:
         raise ConnectionError("503")
     handle = pw.start(flows.waits_for_its_host, 7)
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while handle.status() != "parked":
         assert time.monotonic() < until, handle.status()
         time.sleep(0.02)
     assert breaker.state == "open"
-    assert handle.result(timeout=60) == (7, 1)
-    kinds = [event.type for event in handle.events()]
+    if how == "configure":
+        breaker.configure(recovery_timeout=0)
+    else:
+        getattr(breaker, how)()
+    assert handle.result(timeout=120) == (7, 1)
+    events = handle.events()
+    kinds = [event.type for event in events]
     assert "attempt_failed" not in kinds
-    assert kinds.count("step_handed_back") >= 1
+    due_at = [event.due_at for event in events if event.type == "step_handed_back"]
+    assert due_at[0] > events[0].at + 3000
 
 
 @pytest.mark.slow

@@ -307,7 +307,7 @@ def test_a_ramp_never_starves_a_quiet_breaker() -> None:
 
 
 def told(waiters: Waiters, breaker: Breaker, who: str, waited_s: float, now: float) -> Any:
-    return waiters.answered(who, waited_s, breaker.ask(now), breaker, now)
+    return waiters.answered(Asker(who, waited_s, ("storage", who)), breaker.ask(now), breaker, now)
 
 
 def test_case_8_waiters_come_back_in_the_order_in_which_they_have_waited() -> None:
@@ -334,6 +334,33 @@ def test_case_8_along_a_ramp_waiters_are_told_their_place_in_it() -> None:
         due.append(answer.retry_after_s)
     assert due == sorted(due)
     assert due[-1] == pytest.approx(20 / rate, rel=0.3)
+
+
+@pytest.mark.parametrize("force", [E.RESET, E.FORCE_CLOSED], ids=str)
+def test_case_8_who_waits_comes_at_once_and_in_order_where_a_person_closes_it(force: BreakerEvent) -> None:
+    breaker, waiters = opened(recovery_timeout=3600.0), Waiters()
+    for n in range(100):
+        told(waiters, breaker, f"w{n}", float(n), 0.0)
+    assert waiters.recalled(breaker, 1.0) == []  # nothing has changed
+    breaker.force(force, 1.0)
+    called = waiters.recalled(breaker, 1.0)
+    assert [who for _, who, _ in called] == [f"w{n}" for n in reversed(range(100))]
+    assert called[0][0] == 0.0
+    assert called[-1][0] <= 100 / PER_S
+    assert called[0][2] == ("storage", "w99")
+    assert waiters.recalled(breaker, 1.0) == []  # each is called once
+
+
+def test_case_8_who_waits_is_told_of_a_shorter_open_time() -> None:
+    breaker, waiters = opened(recovery_timeout=3600.0), Waiters()
+    for n in range(3):
+        told(waiters, breaker, f"w{n}", 10.0 - n, 0.0)
+    breaker.configure({"recovery_timeout": 7200.0}, 1.0)
+    assert waiters.recalled(breaker, 1.0) == []  # later is not told
+    breaker.configure({"recovery_timeout": 60.0}, 1.0)
+    after = [after_s for after_s, _, _ in waiters.recalled(breaker, 1.0)]
+    assert after[0] == 59.0
+    assert after == sorted(after)
 
 
 def test_a_waiter_that_is_let_through_or_does_not_come_is_forgotten() -> None:
