@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from types import CoroutineType, FrameType, TracebackType
@@ -21,6 +21,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from pyworkflow_ray.durations import Duration
 from pyworkflow_ray.errors import ConfigurationError
+from pyworkflow_ray.execution.breaker_code import declared_by
 from pyworkflow_ray.execution.breaker_options import check_together, checked_options, checked_settings
 from pyworkflow_ray.execution.breakers import (
     _APART,
@@ -37,7 +38,7 @@ from pyworkflow_ray.execution.breakers import (
     listen,
 )
 from pyworkflow_ray.resilience.breaker import BreakerEvent, BreakerSettings, BreakerState, View
-from pyworkflow_ray.resilience.breaker_settings import full_name, split_name
+from pyworkflow_ray.resilience.breaker_settings import CODE, full_name, split_name
 
 __all__ = ["BreakerSnapshot", "BreakerState", "CircuitBreaker", "StateChange"]
 
@@ -125,6 +126,8 @@ class CircuitBreaker:
             processes that is raised at first use.
     """
 
+    _declared_in: tuple[str, float] | None = None  # of one that came from another process
+
     def __init__(
         self,
         name: str | None = None,
@@ -146,7 +149,8 @@ class CircuitBreaker:
         **options: Any,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "name", "options")}
-        self._settings = checked_settings({**given, **options})
+        code, since = self._declared_in or declared_by(sys._getframe(1))
+        self._settings = replace(checked_settings({**given, **options}), code=code, since=since)
         self._counts = None if counts is None or isinstance(counts, str) else counting(counts)[0]
         self._counts_given = counts
         self._key: str | None = None
@@ -230,7 +234,7 @@ class CircuitBreaker:
             await permit.finish_async(error)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_restore, (split_name(self.name)[0], self.settings, self._counts_given, self._key))
+        return (_restore, (split_name(self.name)[0], self._settings.as_declared(), self._counts_given, self._key))
 
     def __repr__(self) -> str:
         name = repr(self._base._name) if self._base._name is not None else "name=None"
@@ -371,8 +375,10 @@ class CircuitBreaker:
 
 
 def _restore(name: str, settings: dict[str, Any], counts: Any = None, key: str | None = None) -> CircuitBreaker:
-    options = settings if counts is None else {**settings, "counts": counts}
-    breaker = CircuitBreaker(name, **options)
+    options = {option: value for option, value in settings.items() if option not in CODE}
+    breaker = CircuitBreaker.__new__(CircuitBreaker)
+    breaker._declared_in = (settings.get("code", ""), settings.get("since", 0.0))
+    breaker.__init__(name, **(options if counts is None else {**options, "counts": counts}))  # type: ignore[misc]
     return breaker if key is None else breaker.key(key)
 
 

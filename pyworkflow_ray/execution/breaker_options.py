@@ -14,9 +14,9 @@ from typing import Any
 from pyworkflow_ray.durations import parse_duration
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.breakers import counting
-from pyworkflow_ray.resilience.breaker_settings import BreakerSettings
+from pyworkflow_ray.resilience.breaker_settings import CODE, BreakerSettings
 
-OPTIONS = tuple(field.name for field in fields(BreakerSettings))
+OPTIONS = tuple(field.name for field in fields(BreakerSettings) if field.name not in CODE)
 MAX_WINDOW_CALLS = 1_000_000
 _RATES = ("failure_rate", "slow_call_rate")
 _WHOLE = ("failure_threshold", "minimum_calls", "min_nodes", "half_open_max_calls", "success_threshold")

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pyworkflow_ray.errors import CircuitOpenError, ConfigurationError, RetryBudgetExhausted
@@ -151,9 +151,35 @@ def declare(name: str, settings: BreakerSettings, counts: Counts | None = None) 
             counts = _counts_named(base, settings.counts) if counts is None else counts
             found = _DECLARED[base] = Declared(base, settings, LocalCircuit(base, settings, counts=counts), counts)
     conflict = found.settings.conflict(settings)
-    if conflict is not None:
+    if conflict is not None and settings.replaces(found.settings):
+        found = _declare_anew(found, settings, counts, conflict)
+    elif conflict is not None and not found.settings.replaces(settings):
         raise conflict_error(base, conflict, "in this process")
     return found if key is None else _keyed(found, name)
+
+
+def _declare_anew(
+    found: Declared, settings: BreakerSettings, counts: Counts | None, conflict: tuple[str, Any, Any]
+) -> Declared:
+    """A newer version of the code, or a cell that was run again, declares it otherwise: from now on that holds."""
+    option, was, now = conflict
+    log.warning(
+        "circuit breaker %r is declared anew, with %s=%s where it had %s: the newer code holds",
+        found.name,
+        option,
+        _number(now),
+        _number(was),
+    )
+    counts = _counts_named(found.name, settings.counts) if counts is None else counts
+    with _DECLARED_LOCK:
+        local = LocalCircuit(found.name, settings, counts=counts)
+        view = found.local.look()
+        if view.version:
+            local.adopt(replace(view, configured=None), None)
+        anew = _DECLARED[found.name] = Declared(found.name, settings, local, counts)
+        for full in [full for full in _KEYS if split_name(full)[0] == found.name]:
+            del _KEYS[full]
+        return anew
 
 
 def _keyed(base: Declared, full: str) -> Declared:
@@ -235,7 +261,7 @@ def declared(name: str) -> Declared | None:
 def declared_settings() -> dict[str, dict[str, Any]]:
     """Name and settings of every breaker of this process: what a run takes along, to be known where it goes."""
     _name_the_unnamed()
-    return {name: found.settings.as_options() for name, found in list(_DECLARED.items())}
+    return {name: found.settings.as_declared() for name, found in list(_DECLARED.items())}
 
 
 def _name_the_unnamed() -> None:

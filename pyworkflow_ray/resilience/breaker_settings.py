@@ -6,7 +6,7 @@ Used by `breaker` (the machine) and by all who declare, compare and configure br
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from pyworkflow_ray.durations import parse_duration
@@ -31,6 +31,7 @@ def options_for(known: Mapping[str, dict[str, Any]], full: str | None) -> dict[s
 
 
 _ALWAYS_SAID = ("failure_threshold", "recovery_timeout")
+CODE = ("code", "since")  # where the declaration comes from: no options, and not compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class BreakerSettings:
     max_recovery_timeout, recovery_backoff: each failed probe in a row multiplies the open time, up to the limit.
     ramp: seconds in which a closed breaker goes from a trickle back to every call; None: at once.
     counts: names of what counts in place of the taxonomy; the functions themselves stay in their process.
+    code: identity of the code that declares it, "" where nobody knows; since: when that was made, UNIX time.
     """
 
     failure_threshold: int = 5
@@ -64,6 +66,8 @@ class BreakerSettings:
     recovery_backoff: float = 1.0
     ramp: float | None = None
     counts: str | None = None
+    code: str = field(default="", compare=False)
+    since: float = field(default=0.0, compare=False)
 
     @property
     def windowed(self) -> bool:
@@ -82,20 +86,26 @@ class BreakerSettings:
             open_s *= self.recovery_backoff
         return min(open_s, limit)
 
+    def as_declared(self) -> dict[str, Any]:
+        """`as_options`, and where the declaration comes from: so it travels to other processes."""
+        return {**self.as_options(), **({"code": self.code, "since": self.since} if self.code else {})}
+
     def as_options(self) -> dict[str, Any]:
-        """The constructor's options, in JSON types; they travel with a step under this form. Defaults are left out."""
+        """The constructor's options, in JSON types. Defaults are left out."""
         options: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _ALWAYS_SAID or value != field.default:
-                options[field.name] = value
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name in CODE:
+                continue
+            if one.name in _ALWAYS_SAID or value != one.default:
+                options[one.name] = value
         if isinstance(self.window, float) and "window" in options:
             options["window"] = f"{self.window:f}s"  # as text: a bare number would be calls
         return options
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> BreakerSettings:
-        known = {field.name for field in fields(cls)}
+        known = {one.name for one in fields(cls)}
         given = {name: value for name, value in options.items() if name in known}
         if isinstance(given.get("window"), str):
             given["window"] = float(parse_duration(given["window"]))
@@ -106,8 +116,12 @@ class BreakerSettings:
 
     def conflict(self, other: BreakerSettings) -> tuple[str, Any, Any] | None:
         """The first option that differs, with our value and the other's; None where all agree."""
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine != theirs:
-                return field.name, mine, theirs
+        for one in fields(self):
+            mine, theirs = getattr(self, one.name), getattr(other, one.name)
+            if mine != theirs and one.name not in CODE:
+                return one.name, mine, theirs
         return None
+
+    def replaces(self, other: BreakerSettings) -> bool:
+        """Whether this is declared by a newer version of the code that declares `other`."""
+        return bool(self.code) and bool(other.code) and self.code != other.code and self.since > other.since

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from pyworkflow_ray.resilience.breaker import (
@@ -52,7 +52,10 @@ class Truth:
     def handle(self, message: Message, now: float) -> Reply:
         """Take over what the sender knows better, its reports in their order, its renewals, then its questions."""
         conflict = self.declared.conflict(message.settings)
-        if conflict is not None:
+        if conflict is not None and message.settings.replaces(self.declared):
+            self.declared = message.settings
+            self.breaker.configure(asdict(message.settings), now)
+        elif conflict is not None and not self.declared.replaces(message.settings):
             return Reply(self.view(now), conflict=conflict)
         known = self._replies.get(message.process)
         if known is not None and message.seq <= known[0]:

@@ -86,6 +86,8 @@ class BreakerActor:
             cell = self._cell(key, now)
             before, was = cell.truth.breaker.version, self._kept_of(cell)
             replies.append(cell.truth.handle(message, now))
+            if cell.truth.declared.replaces(self._settings):
+                self._settings = cell.truth.declared
             for after_s, who, (storage_id, run_id) in cell.truth.recalls(now):
                 asyncio.get_running_loop().call_later(after_s, self._recall, cell, who, storage_id, run_id)
             if cell.truth.breaker.version != before:
@@ -120,7 +122,7 @@ class BreakerActor:
         return len(self._cells)
 
     async def settings(self) -> dict[str, Any]:
-        return self._settings.as_options()
+        return self._settings.as_declared()
 
     def _restore(self) -> None:
         """Begin with what was kept; what mirrors know better they show, and it is taken over."""
@@ -251,7 +253,7 @@ def _make(name: str, settings: BreakerSettings, lineage: str) -> Any:
             max_concurrency=MAX_WATCHERS,
             enable_task_events=False,
         )
-        .remote(name, settings.as_options(), lineage or uuid.uuid4().hex, _ROOT)
+        .remote(name, settings.as_declared(), lineage or uuid.uuid4().hex, _ROOT)
     )
 
 
@@ -274,6 +276,8 @@ def link_for(declaration: Declared) -> Link:
     full = declaration.name
     link = _LINKS.get(full)
     if link is not None and link.serves():
+        if declaration.settings.replaces(link.mirror.settings):
+            link.declare_anew(declaration.settings, declaration.counts)
         return link
     with _LINKS_LOCK:
         link = _LINKS.get(full)
@@ -319,9 +323,9 @@ def guard_for(call: StepCall) -> CircuitGuard | None:
     """
     if call.breaker is None:
         return None
-    here = declared(call.breaker)
-    if here is None:
-        options = call.breaker_settings or settings_of(call.breaker)
+    here, travelled = declared(call.breaker), call.breaker_settings
+    if here is None or (travelled and BreakerSettings.from_options(travelled).replaces(here.settings)):
+        options = travelled or settings_of(call.breaker)
         here = declare(call.breaker, BreakerSettings.from_options(options))
     who, run = f"{call.run_uid}:{call.position}", (call.storage_id, call.run_id)
     return CircuitGuard(link_for(here), call.breaker_generation, who, run)
@@ -335,7 +339,7 @@ def settings_of(name: str) -> dict[str, Any]:
     """
     here = declared(name)
     if here is not None:
-        return here.settings.as_options()
+        return here.settings.as_declared()
     actor = _find(split_name(name)[0])
     if actor is not None:
         options: dict[str, Any] = ray.get(actor.settings.remote(), timeout=WAIT_S)

@@ -28,7 +28,7 @@ from typing import Any
 from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.execution.breakers import CircuitGuard, LocalCircuit, conflict_error
 from pyworkflow_ray.execution.permits import _HELD, Permit, WatchedPermit, plain_permit, refusal, riding
-from pyworkflow_ray.resilience.breaker import Answer, BreakerEvent, BreakerState, Counts, View
+from pyworkflow_ray.resilience.breaker import Answer, BreakerEvent, BreakerSettings, BreakerState, Counts, View
 from pyworkflow_ray.resilience.breaker_settings import split_name
 from pyworkflow_ray.resilience.mirror import Asker, Mirror, Reply, Report
 from pyworkflow_ray.runtime.breaker_channel import Channel, given, resolve, session_id
@@ -185,6 +185,11 @@ class Link:
 
     def configure(self, changes: dict[str, Any]) -> None:
         self._do(lambda ticket: self.mirror.configure(changes, ticket))
+
+    def declare_anew(self, settings: BreakerSettings, counts: Counts | None) -> None:
+        """A newer version of this process's code declares the breaker otherwise; returns once the actor knows."""
+        self.mirror.settings, self.counts = settings, counts
+        self.look()
 
     def close(self) -> None:
         """The Ray session has ended: let go of all that waits. Any thread."""

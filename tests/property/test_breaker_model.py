@@ -369,3 +369,29 @@ def test_a_message_that_was_overtaken_by_its_own_repetition_counts_nothing() -> 
     cluster.exchange(mirror)
     assert cluster.truth.handle(slow, 1.0).answers == ()
     assert cluster.truth.view(1.0).failures == 2
+
+
+def test_case_12_newer_code_wins_in_the_cluster_and_older_goes_along() -> None:
+    older = BreakerSettings(5, 60.0, ramp=10.0, code="a", since=1.0)
+    newer = BreakerSettings(2, 60.0, code="b", since=2.0)
+    truth = Truth(older, "lineage")
+    first, second = Mirror("old", older), Mirror("new", newer)
+
+    def exchange(mirror: Mirror) -> None:
+        mirror.look()
+        message = mirror.next_message()
+        assert message is not None
+        mirror.receive(truth.handle(message, 0.0), 0.0)
+
+    for mirror in (first, second, first):
+        exchange(mirror)
+        assert mirror.conflict is None
+    assert truth.declared == newer
+    assert (first.effective.failure_threshold, first.effective.ramp) == (2, None)
+    first.report(Report(BreakerEvent.FAILURE, 0))
+    first.report(Report(BreakerEvent.FAILURE, 0))
+    exchange(first)
+    assert truth.view(0.0).state is BreakerState.OPEN
+    same_code = Mirror("other", BreakerSettings(7, 60.0, code="b", since=3.0))
+    exchange(same_code)
+    assert same_code.conflict == ("failure_threshold", 2, 7)

@@ -285,7 +285,7 @@ def test_case_17_a_success_in_the_run_counts_in_its_place(processes: list[Any]) 
 
 def test_a_step_knows_its_breaker_from_the_call_the_process_or_the_actor(processes: list[Any]) -> None:
     breaker = new(4, 30)
-    assert settings_of(breaker.name) == {"failure_threshold": 4, "recovery_timeout": 30.0}
+    assert settings_of(breaker.name).items() >= {"failure_threshold": 4, "recovery_timeout": 30.0}.items()
     assert isinstance(guard_for(step_call(breaker, settings=None)), CircuitGuard)
     call = step_call(breaker, settings=None)
     with pytest.raises(ConfigurationError, match=breaker.name):

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
+from typing import Any
 
 import flows
 import pytest
+import ray
 
 import pyworkflow_ray as pw
 
@@ -42,6 +45,41 @@ def test_case_8_a_run_waits_parked_for_its_breaker_until_a_person_changes_it(run
     assert "attempt_failed" not in kinds
     due_at = [event.due_at for event in events if event.type == "step_handed_back"]
     assert due_at[0] > events[0].at + 3000
+
+
+CELL = "import pyworkflow_ray as pw\nbreaker = pw.CircuitBreaker({name!r}, failure_threshold={threshold})"
+
+
+def test_case_12_a_cell_that_is_run_again_wins_in_every_process(
+    runtime: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """This process is the notebook; a task of the cluster still has what the first run of the cell made."""
+    name, namespace = f"test-{uuid.uuid4().hex}", {"__name__": "__main__"}
+
+    def run_cell(threshold: int) -> Any:
+        exec(compile(CELL.format(name=name, threshold=threshold), "<cell>", "exec"), namespace)
+        return namespace["breaker"]
+
+    class Elsewhere:
+        def use(self, breaker: Any) -> int:
+            with breaker:
+                return int(breaker.snapshot().settings["failure_threshold"])
+
+    older = run_cell(5)
+    elsewhere = ray.remote(Elsewhere).options(num_cpus=0).remote()
+    with older:
+        pass
+    assert ray.get(elsewhere.use.remote(older)) == 5
+    newer = run_cell(2)
+    assert "the newer code holds" in caplog.text
+    assert newer.snapshot().settings["failure_threshold"] == 2
+    assert ray.get(elsewhere.use.remote(older)) == 2
+    assert ray.get(elsewhere.use.remote(newer)) == 2
+    for _ in range(2):
+        with pytest.raises(ConnectionError), older:
+            raise ConnectionError
+    assert newer.state == "open"
+    ray.kill(elsewhere)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from pyworkflow_ray.breaker import BreakerState, CircuitBreaker
 from pyworkflow_ray.errors import CircuitOpenError, ConfigurationError, FatalError
 from pyworkflow_ray.execution.breakers import _HELD, CircuitGuard, LocalCircuit, declared, declared_settings, held
 from pyworkflow_ray.resilience.breaker import BreakerSettings
+from pyworkflow_ray.resilience.breaker_settings import CODE
 from pyworkflow_ray.step import step
 
 in_this_module = CircuitBreaker(failure_threshold=9)
@@ -146,7 +147,9 @@ def test_unnamed_breakers_are_found_by_their_name_before_their_first_use() -> No
     module = types.ModuleType("shop_pay")
     module.CircuitBreaker = CircuitBreaker  # type: ignore[attr-defined]
     exec("breaker = CircuitBreaker(failure_threshold=4)", vars(module))
-    assert declared_settings()["shop_pay:breaker"] == {"failure_threshold": 4, "recovery_timeout": 60.0}
+    settings = declared_settings()["shop_pay:breaker"]
+    assert {settings.pop(name) != "" for name in CODE} == {True}
+    assert settings == {"failure_threshold": 4, "recovery_timeout": 60.0}
     assert declared("shop_pay:breaker") is not None
     assert declared("shop_pay:other") is None
 

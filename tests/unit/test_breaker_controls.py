@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import pickle
 import uuid
 from typing import Any
@@ -262,3 +263,45 @@ def test_what_counts_is_found_by_its_name_where_only_the_settings_came() -> None
     with pytest.raises(ConfigurationError, match="counts="):
         CircuitBreaker(name, counts=ValueError)
     assert BreakerEvent.FAILURE == "failure"
+
+
+# Declared anew --------------------------------------------------------------
+
+
+def ran(cell: str) -> CircuitBreaker:
+    """What a notebook's cell makes."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(f"from pyworkflow_ray import CircuitBreaker\nbreaker = {cell}", "<cell>", "exec"), namespace)
+    breaker = namespace["breaker"]
+    assert isinstance(breaker, CircuitBreaker)
+    return breaker
+
+
+def test_case_12_a_cell_that_is_run_again_with_other_settings_wins_and_says_so(caplog: Any) -> None:
+    name = f"test-{uuid.uuid4().hex}"
+    first = ran(f"CircuitBreaker({name!r}, failure_threshold=3)")
+    fail(first, 2)
+    second = ran(f"CircuitBreaker({name!r}, failure_threshold=4)")
+    assert "declared anew, with failure_threshold=4 where it had 3: the newer code holds" in caplog.text
+    assert second.snapshot().failures == 2  # it goes on
+    assert second.snapshot().settings["failure_threshold"] == 4
+    fail(second.key("a"), 4)
+    assert second.key("a").state == "open"
+    fail(second, 2)
+    assert second.state == "open"
+    assert pickle.loads(pickle.dumps(first)).state == "open"  # older code goes along
+
+
+def test_case_12_a_module_that_changed_on_disk_wins_over_its_older_version(tmp_path: Any) -> None:
+    name, path = f"test-{uuid.uuid4().hex}", tmp_path / "shop.py"
+    made = []
+    for at, threshold in ((1_000.0, 3), (2_000.0, 4), (2_000.0, 4)):
+        path.write_text(
+            f"from pyworkflow_ray import CircuitBreaker\nb = CircuitBreaker({name!r}, failure_threshold={threshold})"
+        )
+        os.utime(path, (at, at))
+        namespace: dict[str, Any] = {"__name__": "shop"}
+        exec(compile(path.read_text(), str(path), "exec"), namespace)
+        made.append(namespace["b"])
+    assert made[2].snapshot().settings["failure_threshold"] == 4
+    assert made[1].settings == {"failure_threshold": 4, "recovery_timeout": 60.0}

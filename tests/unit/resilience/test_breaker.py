@@ -23,6 +23,7 @@ from pyworkflow_ray.resilience.breaker import (
     error_text,
     event_of,
 )
+from pyworkflow_ray.resilience.breaker_settings import CODE
 
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
 FORCED_OPEN, FORCED_CLOSED = BreakerState.FORCED_OPEN, BreakerState.FORCED_CLOSED
@@ -309,7 +310,10 @@ def test_settings_travel_as_options_and_name_what_differs() -> None:
     assert settings.conflict(BreakerSettings(7, 2.5)) is None
     assert settings.conflict(BreakerSettings(7, 3.0)) == ("recovery_timeout", 2.5, 3.0)
     every = BreakerSettings(7, 2.5, 0.5, 1.5, 0.25, 20, 30.0, 2, 3, 4, 60.0, 2.0, 10.0, "builtins:OSError")
-    assert len(every.as_options()) == len(dataclasses.fields(settings))
+    assert len(every.as_options()) == len(dataclasses.fields(settings)) - len(CODE)
+    from_code = dataclasses.replace(every, code="a", since=1.0)
+    assert from_code.as_options() == every.as_options()
+    assert BreakerSettings.from_options(from_code.as_declared()).code == "a"
     assert BreakerSettings.from_options(every.as_options()) == every
     assert BreakerSettings(window=30).as_options()["window"] == 30
 

@@ -36,4 +36,7 @@ def created(tmp_path: Path) -> RunCreated:
 def test_a_run_takes_the_settings_of_the_declared_breakers_along(tmp_path: Path) -> None:
     _ = payments.name
     stored = json.loads(created(tmp_path).model_dump_json())
-    assert stored["breakers"]["submission-payments"] == {"failure_threshold": 3, "recovery_timeout": 7.0}
+    settings = stored["breakers"]["submission-payments"]
+    assert (settings["failure_threshold"], settings["recovery_timeout"]) == (3, 7.0)
+    assert settings["code"]  # the version of the code that declares it
+    assert settings["since"] > 0
