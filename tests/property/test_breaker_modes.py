@@ -215,10 +215,10 @@ def walk(seed: int, steps: int = 80) -> Counter[str]:
 def test_random_histories_agree_and_come_through_every_state() -> None:
     first = int(os.environ.get("BREAKER_SEED", "0"))
     seen: Counter[str] = Counter()
-    for seed in range(first, first + 300):
+    for seed in range(first, first + 200):
         try:
             seen += walk(seed)
         except Exception as error:
             error.add_note(f"again: BREAKER_SEED={seed} python -m pytest {__file__} -k random_histories")
             raise
-    assert min(seen[kind] for kind in "closed open half_open forced_open forced_closed ramp".split()) > 200, seen
+    assert min(seen[kind] for kind in "closed open half_open forced_open forced_closed ramp".split()) > 100, seen
