@@ -6,6 +6,7 @@ Called by users. Inside a workflow it calls the engine (`engine.loop.current_wor
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -57,6 +58,9 @@ class Step(Generic[P, R]):
             return self._call_durably(engine, args, kwargs)
         from pyworkflow_ray.execution.plain import call_plain
 
+        definition = self.definition
+        if definition.policy.retry_budget is not None or definition.breaker is not None:
+            _join_cluster()
         given, named = self.definition.validate(args, kwargs)
         return cast("Coroutine[Any, Any, R]", call_plain(self.definition, given, named))
 
@@ -167,6 +171,14 @@ class Step(Generic[P, R]):
                 self.__init__(definition)
                 return self.__dict__[name]
             raise AttributeError(f"step {definition.name if definition is not None else '?'} has no attribute {name!r}")
+
+
+def _join_cluster() -> None:
+    """In a process of a Ray cluster, such as a user's own task or actor, budgets and breakers are the cluster's."""
+    ray = sys.modules.get("ray")  # never imported here: a plain script needs no Ray
+    if ray is not None and getattr(ray, "is_initialized", bool)():
+        import pyworkflow_ray.runtime.breaker_actor
+        import pyworkflow_ray.runtime.budget_actor  # noqa: F401
 
 
 def _blank() -> Step[Any, Any]:

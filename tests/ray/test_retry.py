@@ -97,3 +97,33 @@ def test_a_budget_bounds_the_retries_of_all_workers_together(tmp_path: Path) -> 
     assert pw.run(retry_flows.many_hopeless, str(ledger), 4) == ["RetryBudgetExhausted"]
     retries = len(lines(ledger)) - 4
     assert 5 <= retries <= 10, "140 tokens are ten retries, of all processes"
+
+
+def test_plain_calls_in_a_users_own_ray_actors_draw_on_the_clusters_budget(tmp_path: Path) -> None:
+    import ray
+
+    class Caller:  # it knows nothing of runs
+        def call(self, ledger: str) -> str:
+            from pathlib import Path
+
+            import pyworkflow_ray as pw
+
+            @pw.step(max_retries=100, retry_delay=0, retry_budget=pw.RetryBudget("ray-tests-plain", tokens=140))
+            def hopeless() -> None:
+                with Path(ledger).open("a") as file:
+                    file.write("attempt\n")
+                raise ConnectionError("refused")
+
+            hopeless()
+            return "no error"
+
+    ledger = tmp_path / "ledger"
+    actors = [ray.remote(num_cpus=0)(Caller).remote() for _ in range(2)]
+    try:
+        for call in [actor.call.remote(str(ledger)) for actor in actors]:
+            with pytest.raises(pw.RetryBudgetExhausted):
+                ray.get(call, timeout=60)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+    assert len(lines(ledger)) - 2 <= 10, "140 tokens are ten retries, of all processes"
