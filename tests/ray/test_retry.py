@@ -43,7 +43,7 @@ def test_kinds_and_hooks_go_with_the_run_to_its_workers(tmp_path: Path) -> None:
     assert lines(Path(told))[2:] == ["kinds-2 failed of busy"]
 
 
-def test_a_step_that_used_up_its_attempts_pauses_its_run_and_a_resume_grants_fresh_ones(tmp_path: Path) -> None:
+def test_case_13_a_step_that_used_up_its_attempts_pauses_its_run_and_a_resume_grants_fresh_ones(tmp_path: Path) -> None:
     ledger, gate = tmp_path / "ledger", tmp_path / "gate"
     handle = pw.start(retry_flows.careful, str(ledger), str(gate))
     until(lambda: handle.status() == "paused", "it is paused")
@@ -56,7 +56,7 @@ def test_a_step_that_used_up_its_attempts_pauses_its_run_and_a_resume_grants_fre
     assert lines(ledger) == [f"attempt {n} after {n - 1}" for n in range(1, 6)]
 
 
-def test_a_parked_run_is_paused_by_hand_and_woken_once_it_goes_on(tmp_path: Path) -> None:
+def test_case_13_a_parked_run_is_paused_by_hand_and_woken_once_it_goes_on(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger"
     handle = pw.start(retry_flows.waits_long, str(ledger))
     until(lambda: handle.status() == "parked", "it is parked")
@@ -91,7 +91,7 @@ def test_the_total_timeout_ends_a_step_that_is_retried_for_ever() -> None:
     assert any("deadline" in text for text in caught.value.__notes__)
 
 
-def test_a_budget_bounds_the_retries_of_all_workers_together(tmp_path: Path) -> None:
+def test_case_11_a_budget_bounds_the_retries_of_all_workers_together(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger"
     pw.RetryBudget("ray-tests", tokens=140)
     assert pw.run(retry_flows.many_hopeless, str(ledger), 4) == ["RetryBudgetExhausted"]

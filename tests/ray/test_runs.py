@@ -150,7 +150,7 @@ def test_wrong_arguments_start_nothing() -> None:
     assert len(pw.list_runs()) == before
 
 
-def test_a_lost_step_worker_is_a_recovery_and_no_retry(tmp_path: Path) -> None:
+def test_case_10_a_lost_step_worker_is_a_recovery_and_no_retry(tmp_path: Path) -> None:
     from processes import kill
 
     ledger, gate = tmp_path / "ledger", tmp_path / "gate"

@@ -76,7 +76,7 @@ def calls(run):
 # on_exhausted="pause" -------------------------------------------------------------------------------------------------
 
 
-def test_a_step_that_used_up_its_attempts_pauses_its_run_with_the_error_in_view():
+def test_case_13_a_step_that_used_up_its_attempts_pauses_its_run_with_the_error_in_view():
     run = exhausted_run()
     (pause,) = run.of(Pause)
     assert (pause.event.reason, pause.event.details["step"]) == ("step_exhausted", careful.definition.name)
@@ -86,7 +86,7 @@ def test_a_step_that_used_up_its_attempts_pauses_its_run_with_the_error_in_view(
     assert "step_failed" not in run.types()
 
 
-def test_a_resume_grants_a_fresh_set_of_attempts_at_once_and_numbers_go_on():
+def test_case_13_a_resume_grants_a_fresh_set_of_attempts_at_once_and_numbers_go_on():
     run = exhausted_run()
     again = run.again(one, epoch=2, cause="resume", charged=False, now=START_AT + 86_400)
     (call,) = calls(again)
@@ -186,7 +186,7 @@ def test_a_cancel_ends_the_wait_for_a_pause():
     assert run.types()[-1] == "run_cancelled"
 
 
-def test_a_resume_takes_the_policy_that_the_code_now_gives_and_a_recovery_does_not():
+def test_case_9_a_resume_takes_the_policy_that_the_code_now_gives_and_a_recovery_does_not():
     run = exhausted_run()
     changed = careful.options(max_retries=7)
 
@@ -310,7 +310,7 @@ def woken():
     return flow, again
 
 
-def test_a_wake_makes_parked_retries_happen_now_and_leaves_sleeps_as_they_are():
+def test_case_13_a_wake_makes_parked_retries_happen_now_and_leaves_sleeps_as_they_are():
     _, run = woken()
     (call,) = calls(run)
     assert (call.position, call.first_attempt, call.not_before) == ("t1.1", 2, None)
@@ -338,7 +338,7 @@ def test_a_wake_of_a_run_that_does_not_go_on_changes_nothing(when):
 
 
 @pytest.mark.parametrize(("count", "at_once"), [(3, 3), (100, 0)])
-def test_many_retries_that_fell_due_while_nobody_owned_the_run_do_not_begin_together(count, at_once):
+def test_case_12_many_retries_that_fell_due_while_nobody_owned_the_run_do_not_begin_together(count, at_once):
     async def flow():
         return await asyncio.gather(*(later(n) for n in range(count)))
 

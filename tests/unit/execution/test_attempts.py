@@ -89,7 +89,7 @@ def failing(error: Callable[[], BaseException] = lambda: ConnectionError("refuse
 # Timelines --------------------------------------------------------------------------------------------------------
 
 
-def test_fixed_delays_start_attempts_at_0_5_10_15() -> None:
+def test_case_1_fixed_delays_start_attempts_at_0_5_10_15() -> None:
     bench = Bench(failing(), policy=RetryPolicy(max_retries=3, retry_delay_s=5))
     ended = bench.run()
     assert bench.starts == [0, 5, 10, 15]
@@ -97,14 +97,14 @@ def test_fixed_delays_start_attempts_at_0_5_10_15() -> None:
     assert bench.waits == [5, 5, 5], "no wait after the last attempt"
 
 
-def test_exponential_delays_start_attempts_at_0_1_3_7_15_31() -> None:
+def test_case_1_exponential_delays_start_attempts_at_0_1_3_7_15_31() -> None:
     policy = RetryPolicy(max_retries=5, retry_delay_s=1, retry_backoff=2, max_retry_delay_s=60, jitter="none")
     bench = Bench(failing(), policy=policy)
     bench.run()
     assert bench.starts == [0, 1, 3, 7, 15, 31]
 
 
-def test_exponential_delays_reach_the_cap() -> None:
+def test_case_1_exponential_delays_reach_the_cap() -> None:
     policy = RetryPolicy(max_retries=8, retry_delay_s=1, retry_backoff=2, max_retry_delay_s=60, jitter="none")
     bench = Bench(failing(), policy=policy)
     bench.run()
@@ -127,7 +127,7 @@ def test_jittered_timelines_stay_in_their_bounds() -> None:
             assert 0.875 * d <= wait <= min(1.125 * d, 8), f"seed {seed}: {bench.waits}"
 
 
-def test_decorrelated_jitter_goes_on_from_the_last_delay_of_an_earlier_dispatch() -> None:
+def test_case_2_decorrelated_jitter_goes_on_from_the_last_delay_of_an_earlier_dispatch() -> None:
     earlier = [PreviousFailure(1, "transient", "ConnectionError", "x", 20.0)]
     policy = RetryPolicy(max_retries=5, retry_delay_s=1, jitter="decorrelated")
     longest = 0.0
@@ -156,7 +156,7 @@ def test_success_gives_the_value_itself() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("bad"), FatalError("stop"), KeyError("k")])
-def test_a_permanent_error_is_tried_once(error: Exception) -> None:
+def test_case_5_a_permanent_error_is_tried_once(error: Exception) -> None:
     bench = Bench(failing(lambda: error))
     ended = bench.run()
     assert bench.starts == [0]
@@ -171,20 +171,20 @@ def test_retryable_error_decides_its_delay() -> None:
     assert bench.failures[0].delay_reason == "retry_after"
 
 
-def test_no_retry_on_wins_over_retry_on() -> None:
+def test_case_5_no_retry_on_wins_over_retry_on() -> None:
     bench = Bench(failing(), retry_on=(OSError,), no_retry_on=(ConnectionError,))
     assert bench.run().why == "no retry"
     assert bench.starts == [0]
 
 
-def test_cancellation_is_never_retried_and_leaves_no_record() -> None:
+def test_case_6_cancellation_is_never_retried_and_leaves_no_record() -> None:
     bench = Bench(lambda command: Cancelled())
     assert bench.run().status == "cancelled"
     assert bench.failures == []
     assert len(bench.ran) == 1
 
 
-def test_cancellation_ends_a_wait_and_no_attempt_follows() -> None:
+def test_case_6_cancellation_ends_a_wait_and_no_attempt_follows() -> None:
     bench = Bench(failing())
     bench.cancel_in_wait = True
     ended = bench.run()
@@ -222,7 +222,7 @@ def test_an_unknown_outcome_of_a_step_that_is_not_idempotent_is_a_lost_step() ->
     assert bench.failures[0].kind == "timeout"
 
 
-def test_a_wait_that_cannot_end_before_the_deadline_is_not_begun() -> None:
+def test_case_4_a_wait_that_cannot_end_before_the_deadline_is_not_begun() -> None:
     bench = Bench(failing(), policy=RetryPolicy(max_retries=5, retry_delay_s=5), deadline=1_011.0)
     ended = bench.run()
     assert bench.starts == [0, 5, 10]
@@ -234,7 +234,7 @@ def test_a_wait_that_cannot_end_before_the_deadline_is_not_begun() -> None:
 # The total timeout ------------------------------------------------------------------------------------------------
 
 
-def test_the_total_timeout_ends_at_once_when_the_next_wait_cannot_end_before_it() -> None:
+def test_case_4_the_total_timeout_ends_at_once_when_the_next_wait_cannot_end_before_it() -> None:
     policy = RetryPolicy(max_retries=None, retry_delay_s=1, retry_backoff=2, jitter="none", total_timeout_s=10)
     bench = Bench(failing(), policy=policy)
     ended = bench.run()
@@ -289,7 +289,7 @@ def test_the_total_timeout_counts_from_the_first_attempt_of_an_earlier_dispatch(
     assert ended.error.__notes__[0].startswith("attempt 1:")
 
 
-def test_retry_after_may_exceed_the_cap_only_up_to_the_total_timeout() -> None:
+def test_case_3_retry_after_may_exceed_the_cap_only_up_to_the_total_timeout() -> None:
     policy = RetryPolicy(max_retries=9, retry_backoff=2, max_retry_delay_s=5, total_timeout_s=60)
     bench = Bench(failing(lambda: RetryableError("later", retry_after="50s")), policy=policy)
     assert bench.run().why == "deadline"
@@ -337,7 +337,7 @@ def test_a_call_that_comes_far_too_early_is_handed_back_without_an_attempt() -> 
 # Records, notes, log ----------------------------------------------------------------------------------------------
 
 
-def test_every_failed_attempt_is_recorded_with_its_delay_and_why() -> None:
+def test_case_9_every_failed_attempt_is_recorded_with_its_delay_and_why() -> None:
     policy = RetryPolicy(max_retries=2, retry_delay_s=5)
     bench = Bench(failing(), takes_s=1, policy=policy)
     bench.run()
@@ -347,7 +347,7 @@ def test_every_failed_attempt_is_recorded_with_its_delay_and_why() -> None:
     assert (last.attempt, last.delay_s, last.retry_at) == (3, None, None)
 
 
-def test_the_last_exception_is_raised_itself_with_a_note_an_attempt() -> None:
+def test_case_8_the_last_exception_is_raised_itself_with_a_note_an_attempt() -> None:
     bench = Bench(failing(), policy=RetryPolicy(max_retries=1, retry_delay_s=5))
     error = bench.run().error
     assert isinstance(error, ConnectionError)
@@ -366,7 +366,7 @@ def test_notes_of_an_exception_object_raised_by_many_calls_do_not_pile_up() -> N
     assert len(error.__notes__) == 3
 
 
-def test_of_many_attempts_the_first_and_last_are_noted() -> None:
+def test_case_8_of_many_attempts_the_first_and_last_are_noted() -> None:
     bench = Bench(failing(), policy=RetryPolicy(max_retries=2_999, retry_delay_s=0))
     error = bench.run().error
     assert error is not None
@@ -376,7 +376,7 @@ def test_of_many_attempts_the_first_and_last_are_noted() -> None:
     assert len(bench.ran[-1].previous) == 1_000
 
 
-def test_an_attempt_reads_the_failures_before_it() -> None:
+def test_case_8_an_attempt_reads_the_failures_before_it() -> None:
     bench = Bench(failing(times=1), policy=RetryPolicy(max_retries=1, retry_delay_s=5))
     bench.run()
     assert list(bench.ran[0].previous) == []

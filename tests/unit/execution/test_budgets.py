@@ -26,7 +26,7 @@ def left(name: str) -> float:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_an_empty_budget_ends_the_retrying_with_its_own_error_from_the_last(is_async: bool) -> None:
+def test_case_11_an_empty_budget_ends_the_retrying_with_its_own_error_from_the_last(is_async: bool) -> None:
     name = f"payments-{is_async}"
     budget = pw.RetryBudget(name, tokens=28)
 
@@ -45,7 +45,7 @@ def test_an_empty_budget_ends_the_retrying_with_its_own_error_from_the_last(is_a
     assert pw.classify(caught.value) == "cascade"
 
 
-def test_the_attempt_says_so_and_the_workflow_gets_the_error_with_its_cause() -> None:
+def test_case_11_the_attempt_says_so_and_the_workflow_gets_the_error_with_its_cause() -> None:
     pw.RetryBudget("attempts", tokens=14)
 
     @pw.step(max_retries=9, retry_delay=0, retry_budget="attempts")

@@ -61,7 +61,7 @@ def test_waits_can_be_removed() -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), asyncio.CancelledError()], ids=repr)
-def test_what_is_no_exception_passes_through_a_plain_call(error: BaseException) -> None:
+def test_case_6_what_is_no_exception_passes_through_a_plain_call(error: BaseException) -> None:
     calls = []
 
     @pw.step(max_retries=5, retry_delay=0)
@@ -76,7 +76,7 @@ def test_what_is_no_exception_passes_through_a_plain_call(error: BaseException) 
     assert not hasattr(error, "__notes__"), "it was taken for a failed attempt"
 
 
-async def test_cancelling_an_async_plain_call_cancels_it_at_once_in_attempt_and_wait() -> None:
+async def test_case_6_cancelling_an_async_plain_call_cancels_it_at_once_in_attempt_and_wait() -> None:
     begun = asyncio.Event()
     calls = []
 

@@ -77,7 +77,7 @@ def test_what_the_owner_confirmed_is_left_out_of_the_outcome() -> None:
     assert numbers(records.all(after=390)) == list(range(391, 401))
 
 
-async def test_a_step_that_fails_three_thousand_times_keeps_its_log_small_and_its_numbers_exact(workflow_env):
+async def test_case_9_a_step_that_fails_three_thousand_times_keeps_its_log_small_and_its_numbers_exact(workflow_env):
     kinds: Counter[str] = Counter()
 
     @pw.step(max_retries=2_999, retry_delay=0)

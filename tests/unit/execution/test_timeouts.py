@@ -34,7 +34,7 @@ def test_sync_code_is_stopped_in_its_sleep() -> None:
     assert outcome.error.where.function.endswith("sleeps"), "where the step was when it was stopped"
 
 
-def test_except_exception_swallows_no_timeout() -> None:
+def test_case_6_except_exception_swallows_no_timeout() -> None:
     calls = []
 
     @pw.step(timeout=0.02)

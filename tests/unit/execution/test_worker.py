@@ -34,7 +34,7 @@ def test_a_value_comes_back() -> None:
     assert (outcome.position, outcome.dispatch, outcome.worker, outcome.node) == ("3", 7, "worker-1", "node-1")
 
 
-def test_attempts_are_reported_and_carried_by_the_outcome() -> None:
+def test_case_9_attempts_are_reported_and_carried_by_the_outcome() -> None:
     @pw.step(max_retries=2, retry_delay=0)
     async def fails() -> None:
         raise ConnectionError("refused")
@@ -243,7 +243,7 @@ def test_an_interrupt_stops_sync_code_through_except_exception() -> None:
     assert outcome.status == "cancelled"
 
 
-def test_an_interrupt_ends_a_wait_between_attempts() -> None:
+def test_case_6_an_interrupt_ends_a_wait_between_attempts() -> None:
     failed = threading.Event()
     execution = Execution()
 

@@ -236,7 +236,7 @@ def test_late_retry_is_stuck(history: Make) -> None:
     assert at(run, 60).why == "charge: an attempt was due 49s ago and has not begun"
 
 
-def test_lost_workers_are_counted_apart_from_retries(retrying: Any) -> None:
+def test_case_10_lost_workers_are_counted_apart_from_retries(retrying: Any) -> None:
     reserve = at(retrying, 425).steps[1]
     assert (reserve.tries, reserve.lost, reserve.state) == (2, 1, "completed")
     assert [(a.attempt, a.dispatch, a.status) for a in reserve.attempts] == [
@@ -246,7 +246,7 @@ def test_lost_workers_are_counted_apart_from_retries(retrying: Any) -> None:
     ]
 
 
-def test_attempt_lost_with_its_owner_is_found_without_an_event(history: Make) -> None:
+def test_case_10_attempt_lost_with_its_owner_is_found_without_an_event(history: Make) -> None:
     run = history().activated(0).scheduled(0, "charge").started(1, "1")
     run.activated(10, 1, "recovery", charged=True).started(11, "1").completed_step(12, "1", took=1)
     run.add(12, ev.RunCompleted(result=ev.Payload(enc="json", data=1)))

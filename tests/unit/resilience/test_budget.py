@@ -55,7 +55,7 @@ class Cluster:
                 share.granted(granted)
 
 
-def test_the_defaults_are_those_of_todays_aws_sdk() -> None:
+def test_case_11_the_defaults_are_those_of_todays_aws_sdk() -> None:
     assert DEFAULTS.model_dump() == {"tokens": 500, "retry_cost": 14, "throttle_cost": 5, "refund": 1}
     assert (DEFAULTS.cost(False), DEFAULTS.cost(True)) == (14, 5)
 
@@ -97,7 +97,9 @@ def test_the_first_to_ask_does_not_take_all() -> None:
 
 @pytest.mark.parametrize("processes", [1, 5, 50])
 @pytest.mark.parametrize("failing", [1.0, 0.1])
-def test_at_most_one_call_in_a_hundred_decisions_and_tokens_are_conserved(processes: int, failing: float) -> None:
+def test_case_11_at_most_one_call_in_a_hundred_decisions_and_tokens_are_conserved(
+    processes: int, failing: float
+) -> None:
     cluster = Cluster(processes, seed=processes)
     for _ in range(1_000 * processes):
         process = cluster.rng.randrange(processes)
@@ -111,7 +113,7 @@ def test_at_most_one_call_in_a_hundred_decisions_and_tokens_are_conserved(proces
     assert held <= 500 + cluster.successes - cluster.spent + 1e-6
 
 
-def test_steady_extra_load_is_bounded_to_about_seven_percent() -> None:
+def test_case_11_steady_extra_load_is_bounded_to_about_seven_percent() -> None:
     cluster = Cluster(10)
     for _ in range(50_000):
         process = cluster.rng.randrange(10)

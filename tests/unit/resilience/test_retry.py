@@ -49,7 +49,7 @@ def second_implementation(
     }[jitter]
 
 
-def test_delays_stay_in_the_bounds_of_a_second_implementation() -> None:
+def test_case_2_delays_stay_in_the_bounds_of_a_second_implementation() -> None:
     for seed in range(10_000):
         rng = random.Random(seed)
         p = policy(
@@ -67,7 +67,7 @@ def test_delays_stay_in_the_bounds_of_a_second_implementation() -> None:
 
 
 @pytest.mark.parametrize("jitter", ["auto", "proportional", "full", "equal", "decorrelated"])
-def test_clients_spread_at_the_cap_too(jitter: str) -> None:
+def test_case_2_clients_spread_at_the_cap_too(jitter: str) -> None:
     p = policy(retry_delay_s=1, retry_backoff=2, max_retry_delay_s=60, jitter=jitter)
     rng = random.Random(7)
     delays = [retry_delay(12, p, rng, previous_s=60.0) for _ in range(10_000)]
@@ -79,7 +79,7 @@ def test_clients_spread_at_the_cap_too(jitter: str) -> None:
     assert max(delays) <= 60
 
 
-def test_automatic_jitter_of_a_four_second_wait() -> None:
+def test_case_2_automatic_jitter_of_a_four_second_wait() -> None:
     p = policy(retry_delay_s=1, retry_backoff=2, max_retry_delay_s=60)
     delays = [retry_delay(3, p, random.Random(seed)) for seed in range(1_000)]
     assert 3.5 <= min(delays) < 3.52
@@ -90,14 +90,14 @@ def test_a_fixed_delay_has_no_automatic_jitter_and_no_cap() -> None:
     assert {retry_delay(k, policy(retry_delay_s=7200.0), random.Random(k)) for k in range(1, 50)} == {7200.0}
 
 
-def test_a_growing_delay_is_capped_at_an_hour() -> None:
+def test_case_1_a_growing_delay_is_capped_at_an_hour() -> None:
     p = policy(retry_delay_s=1, retry_backoff=2, jitter="none")
     assert [retry_delay(k, p, random.Random(0)) for k in (1, 2, 3, 12, 13)] == [1, 2, 4, 2048, 3600]
 
 
 @pytest.mark.parametrize("jitter", JITTERS)
 @pytest.mark.parametrize("backoff", [1.0, 1.0001, 2.0, 1e300])
-def test_finite_for_the_ten_thousandth_retry(jitter: str, backoff: float) -> None:
+def test_case_1_finite_for_the_ten_thousandth_retry(jitter: str, backoff: float) -> None:
     delay = retry_delay(10_000, policy(retry_backoff=backoff, jitter=jitter), random.Random(1), previous_s=3600.0)
     assert 0 <= delay <= 3600
 
@@ -107,7 +107,7 @@ def test_a_zero_delay_stays_zero() -> None:
         assert retry_delay(10_000, policy(retry_delay_s=0, retry_backoff=2, jitter=jitter), random.Random(1)) == 0
 
 
-def test_a_seed_repeats_a_schedule() -> None:
+def test_case_2_a_seed_repeats_a_schedule() -> None:
     p = policy(retry_backoff=2)
 
     def schedule(seed: int) -> list[float]:
@@ -117,7 +117,7 @@ def test_a_seed_repeats_a_schedule() -> None:
     assert schedule(3) == schedule(3) != schedule(4)
 
 
-def test_a_list_gives_the_delays_one_by_one_and_its_last_repeats() -> None:
+def test_case_1_a_list_gives_the_delays_one_by_one_and_its_last_repeats() -> None:
     p = policy(delays_s=(0.0, 1.0, 30.0))
     assert [retry_delay(k, p, random.Random(k)) for k in (1, 2, 3, 4, 10_000)] == [0, 1, 30, 30, 30]
     capped = policy(delays_s=(1.0, 30.0), max_retry_delay_s=10)
@@ -161,12 +161,12 @@ def test_transient_and_timeout_are_retried(error: Exception) -> None:
     assert delay_of(after(error)) == 1
 
 
-def test_permanent_and_cascade_are_not() -> None:
+def test_case_5_permanent_and_cascade_are_not() -> None:
     assert stopped(after(ValueError())) == "permanent"
     assert stopped(after(CircuitOpenError("x"))) == "refused"
 
 
-def test_retries_run_out() -> None:
+def test_case_1_retries_run_out() -> None:
     assert delay_of(after(OSError(), policy(max_retries=2), retries_used=1)) == 1
     assert stopped(after(OSError(), policy(max_retries=2), retries_used=2)) == "exhausted"
     assert stopped(after(OSError(), policy(max_retries=0))) == "exhausted"
@@ -183,19 +183,19 @@ def test_retry_on_replaces_the_taxonomy() -> None:
     assert stopped(after(KeyError("other"), retry_on=lambda error: "k" in str(error))) == "no retry"
 
 
-def test_no_retry_on_wins_over_everything() -> None:
+def test_case_5_no_retry_on_wins_over_everything() -> None:
     assert stopped(after(ConnectionError(), no_retry_on=(OSError,))) == "no retry"
     assert stopped(after(ConnectionError(), retry_on=(ConnectionError,), no_retry_on=(OSError,))) == "no retry"
     assert stopped(after(RetryableError("x"), no_retry_on=(RetryableError,))) == "no retry"
     assert stopped(after(ConnectionError("x"), no_retry_on=lambda error: str(error) == "x")) == "no retry"
 
 
-def test_fatal_is_never_retried_even_if_retry_on_names_it() -> None:
+def test_case_5_fatal_is_never_retried_even_if_retry_on_names_it() -> None:
     assert stopped(after(FatalError("x"), retry_on=(FatalError,))) == "permanent"
     assert stopped(after(ExceptionGroup("g", [FatalError("x")]), retry_on=lambda error: True)) == "permanent"
 
 
-def test_a_group_and_the_filters() -> None:
+def test_case_7_a_group_and_the_filters() -> None:
     group = ExceptionGroup("g", [ConnectionError(), TimeoutError()])
     assert delay_of(after(group)) == 1
     assert delay_of(after(group, retry_on=(ConnectionError, TimeoutError))) == 1
@@ -225,7 +225,7 @@ def test_a_predicate_that_raises_ends_the_retrying_and_is_named() -> None:
         ("2h", 7200.0),
     ],
 )
-def test_retry_after_of_the_step_is_exact_and_may_exceed_the_cap(retry_after: Any, seconds: float) -> None:
+def test_case_3_retry_after_of_the_step_is_exact_and_may_exceed_the_cap(retry_after: Any, seconds: float) -> None:
     decision = after(RetryableError("x", retry_after=retry_after), policy(retry_backoff=2, max_retry_delay_s=10))
     assert delay_of(decision) == seconds
     assert isinstance(decision, Retry)
@@ -238,7 +238,7 @@ def _answer(status: int, retry_after: str) -> httpx.HTTPStatusError:
     return httpx.HTTPStatusError("x", request=request, response=response)
 
 
-def test_retry_after_of_a_server_is_a_floor_under_a_spread() -> None:
+def test_case_3_retry_after_of_a_server_is_a_floor_under_a_spread() -> None:
     p = policy(retry_backoff=2, max_retry_delay_s=10)
     delays = [delay_of(after(_answer(503, "80"), p, rng=random.Random(seed))) for seed in range(1_000)]
     assert 80 <= min(delays) < 80.2
@@ -249,7 +249,7 @@ def test_retry_after_of_a_server_is_a_floor_under_a_spread() -> None:
     assert decision.reason == "server retry_after"
 
 
-def test_a_callable_decides_the_delay_of_each_error() -> None:
+def test_case_1_a_callable_decides_the_delay_of_each_error() -> None:
     def chosen(attempt: int, error: BaseException) -> object:
         return {"TimeoutError": "2m", "ConnectionError": attempt * 10}.get(type(error).__name__, dt.timedelta(0))
 
@@ -283,7 +283,7 @@ def test_a_servers_zero_leaves_the_delay_to_the_policy() -> None:
     assert delay_of(after(_answer(503, "0"))) == 1
 
 
-def test_a_wait_that_cannot_end_before_the_deadline_is_not_begun() -> None:
+def test_case_4_a_wait_that_cannot_end_before_the_deadline_is_not_begun() -> None:
     assert delay_of(after(OSError(), policy(retry_delay_s=5), deadline=NOW + 5.1)) == 5
     assert stopped(after(OSError(), policy(retry_delay_s=5), deadline=NOW + 5)) == "deadline"
     assert stopped(after(RetryableError("x", retry_after="1h"), deadline=NOW + 60)) == "deadline"
@@ -316,13 +316,13 @@ def test_a_refusal_of_the_steps_breaker_ends_the_retrying_even_if_retry_on_names
         ({"delay_by_code": True}, "chosen"),
     ],
 )
-def test_the_reason_of_a_delay_is_told(values: dict[str, Any], words: str) -> None:
+def test_case_9_the_reason_of_a_delay_is_told(values: dict[str, Any], words: str) -> None:
     decision = after(OSError(), policy(**values))
     assert isinstance(decision, Retry)
     assert decision.reason == words
 
 
-def test_what_is_overdue_after_a_restart_comes_back_with_jitter_and_a_bounded_number_at_once() -> None:
+def test_case_12_what_is_overdue_after_a_restart_comes_back_with_jitter_and_a_bounded_number_at_once() -> None:
     offsets = spread(320, random.Random(1))
     assert 4.5 < max(offsets) <= 5.0
     for start in range(10):

@@ -96,13 +96,13 @@ def test_permanent_wins_where_classes_overlap() -> None:
     assert classify(both()) == "permanent"
 
 
-def test_a_chain_is_judged_by_its_outermost_exception() -> None:
+def test_case_7_a_chain_is_judged_by_its_outermost_exception() -> None:
     outer = ConnectionError("gave up")
     outer.__cause__ = ValueError("bad")
     assert classify(outer) == "transient"
 
 
-def test_a_group_is_permanent_if_any_member_is() -> None:
+def test_case_7_a_group_is_permanent_if_any_member_is() -> None:
     assert classify(ExceptionGroup("g", [ConnectionError(), ExceptionGroup("h", [ValueError()])])) == "permanent"
     assert classify(ExceptionGroup("g", [TimeoutError(), TimeoutError()])) == "timeout"
     assert classify(ExceptionGroup("g", [TimeoutError(), ConnectionError()])) == "transient"
@@ -213,12 +213,12 @@ def _error(get: object, url: str) -> Exception:
         *((status, "permanent") for status in (400, 401, 404, 422)),
     ],
 )
-def test_kind_by_http_status(server: str, get: object, status: int, kind: str) -> None:
+def test_case_14_kind_by_http_status(server: str, get: object, status: int, kind: str) -> None:
     assert classify(_error(get, f"{server}/{status}")) == kind
 
 
 @CLIENTS
-def test_retry_after_of_a_real_answer(server: str, get: object) -> None:
+def test_case_14_retry_after_of_a_real_answer(server: str, get: object) -> None:
     assert server_retry_after(_error(get, f"{server}/429?7"), NOW) == 7.0
     date = urllib.request.quote(formatdate(NOW + 30, usegmt=True))
     assert server_retry_after(_error(get, f"{server}/503?{date}"), NOW) == 30.0
@@ -241,7 +241,7 @@ def test_retry_after_of_a_real_answer(server: str, get: object) -> None:
         ("inf", None),
     ],
 )
-def test_retry_after_in_all_its_forms(header: str, seconds: float | None) -> None:
+def test_case_3_retry_after_in_all_its_forms(header: str, seconds: float | None) -> None:
     request = httpx.Request("GET", "http://x")
     response = httpx.Response(503, headers={"retry-after": header}, request=request)
     assert server_retry_after(httpx.HTTPStatusError("x", request=request, response=response), NOW) == seconds
