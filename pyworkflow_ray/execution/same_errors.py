@@ -56,10 +56,11 @@ def _key(error: BaseException, kind: Any) -> tuple[Any, ...] | None:
     for part in content:
         if type(part) not in _PLAIN or (isinstance(part, (str, bytes)) and len(part) > _MAX_ARGUMENT):
             return None
-    place = []
+    place: list[Any] = []
     trace = error.__traceback__
     while trace is not None:
-        place.append((trace.tb_frame.f_code, trace.tb_lasti))
+        code = trace.tb_frame.f_code
+        place += [code.co_filename, code, trace.tb_lasti]  # equal code of two files is equal
         trace = trace.tb_next
     # 1, 1.0 and True are equal, and read differently
     return cls, kind, content, tuple(map(type, content)), error.__suppress_context__, tuple(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +96,20 @@ def test_another_place_is_told() -> None:
             traces.append(encoded_once(error, "transient", CODEC, CODEC.encode_error).traceback)
     assert "in here" in traces[0]
     assert "in there" in traces[1]
+
+
+def test_equal_code_of_another_file_is_another_place(tmp_path: Path) -> None:
+    traces = []
+    for name in ("one.py", "two.py"):
+        (tmp_path / name).write_text("def fail():\n    raise ConnectionError('refused')\n")
+        space: dict[str, Any] = {}
+        exec(compile((tmp_path / name).read_text(), str(tmp_path / name), "exec"), space)
+        try:
+            space["fail"]()
+        except ConnectionError as error:
+            traces.append(encoded_once(error, "transient", CODEC, CODEC.encode_error).traceback)
+    assert "one.py" in traces[0]
+    assert "two.py" in traces[1]
 
 
 def test_another_kind_is_another_record() -> None:
