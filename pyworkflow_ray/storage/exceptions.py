@@ -13,6 +13,7 @@ which nothing can be rebuilt has no recipe. Nothing here raises because of what 
 from __future__ import annotations
 
 import base64
+import functools
 import pickle
 import threading
 import types
@@ -151,6 +152,8 @@ class _Writer:
                 if index is None:
                     raise PayloadError("a cycle")
                 return ["error", index]
+            if type(value) is str and value.isascii() and len(value) <= MAX_PART_BYTES:
+                return ["json", value]  # what most errors have: their text
             try:
                 return ["json", encode_json(value, MAX_PART_BYTES).data]
             except NotJson:
@@ -175,18 +178,29 @@ class _Writer:
 def _slots(error: BaseException) -> dict[str, Any]:
     """Values outside `__dict__`: slots of the user's classes, and the fields of the built-in ones."""
     values: dict[str, Any] = {}
-    for cls in type(error).__mro__:
-        if cls in (BaseException, Exception, object, BaseExceptionGroup, ExceptionGroup):
-            continue
-        for name, descriptor in cls.__dict__.items():
-            if isinstance(descriptor, types.MemberDescriptorType) and name not in values and name not in _SKIPPED_SLOTS:
-                try:
-                    value = descriptor.__get__(error, cls)
-                except AttributeError:
-                    continue
-                if value is not None:
-                    values[name] = value
+    made_by: Any = type(error)
+    for name, cls, descriptor in _descriptors(made_by):
+        if name not in values:
+            try:
+                value = descriptor.__get__(error, cls)
+            except AttributeError:
+                continue
+            if value is not None:
+                values[name] = value
     return values
+
+
+@functools.lru_cache(512)
+def _descriptors(of: type) -> tuple[tuple[str, type, Any], ...]:
+    """Name, class and descriptor of each such field, nearest class first."""
+    plain = (BaseException, Exception, object, BaseExceptionGroup, ExceptionGroup)
+    return tuple(
+        (name, cls, descriptor)
+        for cls in of.__mro__
+        if cls not in plain
+        for name, descriptor in cls.__dict__.items()
+        if isinstance(descriptor, types.MemberDescriptorType) and name not in _SKIPPED_SLOTS
+    )
 
 
 def _all_json(parts: list[Any]) -> bool:

@@ -1,15 +1,18 @@
 """A failure as text: message, traceback, and the user's innermost frame. Called by the codec.
 
 Nothing here raises because of what an exception does: `__str__` may raise, chains may be long, texts may hold
-lone surrogates.
+lone surrogates. A step that is retried fails at the same place again and again: the text of a stack, for which Python
+parses each line anew, is kept by its place.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sysconfig
 import traceback
 from types import TracebackType
+from typing import Any
 
 from pyworkflow_ray.engine.events import Frame
 from pyworkflow_ray.storage.payload import clean_text
@@ -25,6 +28,12 @@ _STDLIB = tuple(
 )
 
 
+# Exceptions whose last lines depend on more than type, text and notes, or that have none of their own.
+_RICHER = (SyntaxError, NameError, AttributeError, ImportError, BaseExceptionGroup)
+_KEPT_STACKS = 256
+_stacks: dict[tuple[Any, ...], str] = {}
+
+
 def message_of(error: BaseException) -> str:
     """`str(error)`, bounded; a text of ours where that raises."""
     try:
@@ -37,11 +46,39 @@ def traceback_of(error: BaseException) -> str:
     """The traceback and causes as Python prints them, without our frames above the user's; 16,000 characters."""
     try:
         first = _first_frame_of_user(error.__traceback__)
-        lines = traceback.format_exception(type(error), error, first, limit=-MAX_FRAMES)
+        stack = None if _hangs_on_others(error) else _stack_of(first)
+        if stack is None:
+            lines = traceback.format_exception(type(error), error, first, limit=-MAX_FRAMES)
+        else:
+            lines = [stack, *traceback.format_exception_only(error)]
         return clean_text("".join(lines), MAX_TRACEBACK_CHARS)
     except Exception as broken:
         head = f"<no traceback: formatting it raised {type(broken).__name__}>"
         return f"{head}\n{type(error).__name__}: {message_of(error)}"
+
+
+def _hangs_on_others(error: BaseException) -> bool:
+    return error.__cause__ is not None or error.__context__ is not None or isinstance(error, _RICHER)
+
+
+def _stack_of(entry: TracebackType | None) -> str | None:
+    """The text of a stack, made once for each place; None of one that is too deep to be worth keeping, or empty."""
+    first, place = entry, []
+    while entry is not None:
+        code = entry.tb_frame.f_code
+        # equal code of two files is equal, and lines of one code are told by the instruction
+        place += [code.co_filename, code, entry.tb_lasti]
+        entry = entry.tb_next
+    if not place or len(place) > 3 * MAX_FRAMES:
+        return None
+    key = tuple(place)
+    found = _stacks.get(key)
+    if found is None:
+        if len(_stacks) >= _KEPT_STACKS:
+            _stacks.clear()
+        found = "Traceback (most recent call last):\n" + "".join(traceback.format_tb(first))
+        _stacks[key] = found
+    return found
 
 
 def where_of(error: BaseException) -> Frame | None:
@@ -71,6 +108,7 @@ def _first_frame_of_user(entry: TracebackType | None) -> TracebackType | None:
     return start or entry
 
 
+@functools.lru_cache(1024)
 def _kind_of_file(file: str) -> str:
     if file.startswith("<frozen"):
         return "stdlib"
