@@ -106,6 +106,9 @@ def on_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+# Without the enum that the wrapper tries to make of every handler, at ten times the cost.
+_handler_of: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+
 # The one timer of the process -------------------------------------------------------------------------------------
 
 _guards: list[SyncGuard] = []  # outermost first; changed in the main thread only
@@ -122,13 +125,14 @@ def _enter(guard: SyncGuard) -> None:
         guard.due_at = guard._next_at = now + guard.timeout_s
     if not _guards:
         rest, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-        handler = signal.getsignal(signal.SIGALRM)
+        handler = _handler_of(signal.SIGALRM)
         if handler is not _on_alarm:
             signal.signal(signal.SIGALRM, _on_alarm)
         _before = (handler, rest, interval, now)
     with _timer:
         _guards.append(guard)
-        _set_timer(now)
+        if guard._next_at is not None or len(_guards) > 1:
+            _set_timer(now)  # else it is off already
     if guard.kill_stuck:
         kill_switch.register(guard)
         if guard.timeout_s is not None:
