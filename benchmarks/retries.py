@@ -262,7 +262,7 @@ def _rounds(ray: Any, ours: Ours, others: dict[str, Dbos], rounds: int, scale: f
     tasks, attempts = bare_ray(ray)
     rows: dict[str, Callable[[], float]] = {
         "bare_tasks": lambda: tasks(of(1000)),
-        "bare_retries": lambda: attempts(of(400)),
+        "bare_retries": lambda: attempts(of(60)),
         "stamina": lambda: stamina_rate(of(2000)),
     }
     for name, other in others.items():

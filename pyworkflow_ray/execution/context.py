@@ -9,12 +9,11 @@ Set by `perform` round each attempt; read by the api (`pyworkflow_ray.context`).
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import datetime as dt
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,13 +135,19 @@ def running_step() -> StepContext | None:
     return _step.get()
 
 
-@contextlib.contextmanager
-def entered(context: StepContext) -> Iterator[None]:
-    token = _step.set(context)
-    try:
-        yield
-    finally:
-        _step.reset(token)
+class entered:
+    """The attempt that code within is in."""
+
+    __slots__ = ("_context", "_token")
+
+    def __init__(self, context: StepContext) -> None:
+        self._context = context
+
+    def __enter__(self) -> None:
+        self._token = _step.set(self._context)
+
+    def __exit__(self, *_: object) -> None:
+        _step.reset(self._token)
 
 
 def no_sleep(seconds: float) -> None:

@@ -57,6 +57,7 @@ def execute_call(
     kill_stuck: bool = True,
     loop: WorkerLoop | None = None,
     confirmed: Callable[[], int] | None = None,
+    starts: bool = True,
 ) -> Outcome:
     """Make the attempts of one dispatch, blocking the calling thread: a step worker's main thread, or one of a run
     actor's for a local step (several at once share the process's loop).
@@ -70,6 +71,7 @@ def execute_call(
             step workers; never for local steps, of which a sync one runs to its end and an async one is abandoned.
         loop: Where async steps run; None: this process's lasting loop.
         confirmed: Number of the last attempt whose record the owner has; records up to it are left out of the outcome.
+        starts: Whether the starts of attempts are reported.
     """
     if call.chunk is not None:
         from pyworkflow_ray.execution.chunks import execute_chunk
@@ -94,7 +96,10 @@ def execute_call(
     work.owns_loop = True
     if step.is_async:
         work.loop = loop or worker_loop()
-    ended = drive(attempts(execution.plan(breaker, interrupt, wait_max_s)), work)
+    plan = execution.plan(breaker, interrupt, wait_max_s)
+    if not starts:
+        plan.on_started = None
+    ended = drive(attempts(plan), work)
     return execution.outcome(ended, breaker, confirmed)
 
 

@@ -24,7 +24,7 @@ import ray
 
 from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.commands import Limits
-from pyworkflow_ray.engine.events import AttemptNote, StepStarted
+from pyworkflow_ray.engine.events import AttemptNote
 from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.engine.pausing import lost_too_often
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, FencedError, RunNotFoundError, StorageError
@@ -361,12 +361,12 @@ class RunActor:
         interrupt = self._interrupts[call.position, call.dispatch]
 
         def report(event: AttemptNote) -> None:
-            if not isinstance(event, StepStarted):  # the start of a local attempt is told by its end
-                with self._lock:
-                    if self._is_active(call):
-                        self._active.record_locked(event)  # type: ignore[union-attr]
+            with self._lock:
+                if self._is_active(call):
+                    self._active.record_locked(event)  # type: ignore[union-attr]
 
-        outcome = run_call(call, self._process, report=report, interrupt=interrupt)
+        # the start of a local attempt is told by its end
+        outcome = run_call(call, self._process, report=report, interrupt=interrupt, starts=False)
         with self._lock:
             self._interrupts.pop((call.position, call.dispatch), None)
             if self._is_active(call):

@@ -60,7 +60,12 @@ def _execute(line: Line, host_id: str, call: StepCall, process: Process, watch: 
 
 
 def run_call(
-    call: StepCall, process: Process, *, report: Callable[[AttemptNote], None], interrupt: Interrupt
+    call: StepCall,
+    process: Process,
+    *,
+    report: Callable[[AttemptNote], None],
+    interrupt: Interrupt,
+    starts: bool = True,
 ) -> Outcome:
     """Load the step's code and execute the call; code that can't be loaded is a failed outcome. Never raises."""
     started_at = time.time()
@@ -90,6 +95,7 @@ def run_call(
         wait_max_s=process.config.worker_wait_max_s,
         worker=process.worker,
         node=process.node,
+        starts=starts,
     )
 
 
