@@ -24,7 +24,7 @@ import ray
 
 from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.commands import Limits
-from pyworkflow_ray.engine.events import AttemptNote
+from pyworkflow_ray.engine.events import AttemptFailed, AttemptNote
 from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.engine.pausing import lost_too_often
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, FencedError, RunNotFoundError, StorageError
@@ -45,6 +45,7 @@ log = logging.getLogger("pyworkflow_ray.run_actor")
 
 GROUPS = {"run": 1, "steps": 4, "control": 4}
 _PROGRESS_S = 0.05  # a batch that takes longer is reported on, and what has not begun is given back
+_TELL_S = 0.05  # attempts of a local step that follow each other sooner are told together
 _IDLE_WAIT_S = 30.0
 
 
@@ -360,10 +361,21 @@ class RunActor:
     def _local_call(self, call: StepCall) -> None:
         interrupt = self._interrupts[call.position, call.dispatch]
 
+        untold: list[AttemptNote] = []
+        told_at = time.monotonic()
+
         def report(event: AttemptNote) -> None:
+            # attempts that follow each other at once go together, or with the outcome
+            nonlocal told_at, untold
+            untold.append(event)
+            fast = isinstance(event, AttemptFailed) and event.delay_s is not None and event.delay_s < _TELL_S
+            if fast and time.monotonic() < told_at + _TELL_S:
+                return
             with self._lock:
                 if self._is_active(call):
-                    self._active.record_locked(event)  # type: ignore[union-attr]
+                    for note in untold:
+                        self._active.record_locked(note)  # type: ignore[union-attr]
+            untold, told_at = [], time.monotonic()
 
         # the start of a local attempt is told by its end
         outcome = run_call(call, self._process, report=report, interrupt=interrupt, starts=False)
