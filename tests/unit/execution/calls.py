@@ -44,7 +44,7 @@ class Execution:
         self.interrupt = Interrupt()
 
     def run(self, step: Any, *args: Any, breaker: Any = None, kill_stuck: bool = False, **fields: Any) -> Outcome:
-        known = {name: fields.pop(name) for name in ("wait_max_s", "clock", "confirmed") if name in fields}
+        known = {name: fields.pop(name) for name in ("wait_max_s", "clock", "confirmed", "starts") if name in fields}
         return execute_call(
             call_of(step, *args, **fields),
             step.definition,

@@ -54,6 +54,17 @@ def test_case_9_attempts_are_reported_and_carried_by_the_outcome() -> None:
     assert len(error.__notes__) == 3
 
 
+def test_starts_that_nobody_keeps_are_not_reported() -> None:
+    @pw.step(max_retries=2, retry_delay=0)
+    def fails() -> None:
+        raise ConnectionError("refused")
+
+    execution = Execution()
+    outcome = execution.run(fails, starts=False)
+    assert [type(event) for event in execution.reported] == [AttemptFailed] * 3
+    assert [record.attempt for record in outcome.attempts] == [1, 2, 3]
+
+
 def test_records_that_the_owner_has_are_left_out() -> None:
     @pw.step(max_retries=2, retry_delay=0)
     def fails() -> None:
