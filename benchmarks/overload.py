@@ -187,6 +187,7 @@ def measure(processes: int, seed: int) -> dict[str, Any]:
     """All modes, one after another, as JSON."""
     import ray
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else they would stand back behind the server
     ray.init(
         num_cpus=os.cpu_count(),
         include_dashboard=False,

@@ -239,6 +239,8 @@ def measure(rounds: int, scale: float, peers: bool) -> dict[str, Any]:
                 others["dbos_postgres"] = Dbos(database)
             for other in others.values():
                 stack.callback(other.close)
+        # On a busy machine Ray's workers would stand back behind everything else, the rows without Ray included.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             num_cpus=os.cpu_count(),
             include_dashboard=False,
