@@ -29,7 +29,7 @@ from typing import Any
 
 import pyworkflow_ray as pw
 
-CAPACITY, OFFERED = 100.0, 80.0  # requests a second
+CAPACITY, OFFERED = 50.0, 40.0  # requests a second
 QUEUE_S, TIMEOUT_S = 2.0, 0.5
 FREEZE_AT_S, THAW_AT_S, END_S = 10.0, 20.0, 45.0
 SLOT_S = 0.5
@@ -238,12 +238,13 @@ def plot(figures: dict[str, Any], file: Path) -> None:
     slot = figures["slot_s"]
     begin, end = figures["frozen_s"]
     colours = {"open": "#e8590c", "half_open": "#fab005", "closed": "#69db7c"}
+    top = 3.7 * figures["capacity_per_s"]
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 6), sharex=True, sharey=True)
     for panel, mode in zip(panels.flat, MODES, strict=True):
         data = figures["modes"][mode]
         times = [slot * (n + 0.5) for n in range(len(data["per_s"]["good"]))]
         panel.axvspan(begin, end, color="#dee2e6", lw=0)
-        panel.text((begin + end) / 2, 349, "server frozen", ha="center", va="top", fontsize=8, color="#495057")
+        panel.text((begin + end) / 2, 0.94 * top, "server frozen", ha="center", va="top", fontsize=8, color="#495057")
         panel.axhline(figures["capacity_per_s"], color="#868e96", lw=1, ls=":")
         panel.plot(times, data["per_s"]["arrived"], color="#c92a2a", lw=1.6)
         panel.fill_between(times, data["per_s"]["good"], color="#1971c2", alpha=0.35, lw=0)
@@ -254,7 +255,7 @@ def plot(figures: dict[str, Any], file: Path) -> None:
         said = "stays down" if back is None else f"back {back:g} s after healing"
         panel.set_title(f"{TITLES[mode]}: {said}", fontsize=11)
         panel.set_xlim(0, times[-1])
-        panel.set_ylim(0, 370)
+        panel.set_ylim(0, top)
         panel.grid(alpha=0.25, lw=0.5)
     for panel in panels[1]:
         panel.set_xlabel("seconds")
