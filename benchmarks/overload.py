@@ -90,8 +90,9 @@ class Client:
     """One process that calls at a nearly even pace, whatever becomes of its calls."""
 
     async def ready(self, url: str) -> int:
-        """Its pid, once it has made a call: what it loads at the first one is no part of the story."""
-        await get(url)
+        """Its pid, once it has made a call of each mode: what it loads at the first one is no part of the story."""
+        for call in CALLS.values():
+            await call(url)
         return os.getpid()
 
     async def call(self, mode: str, url: str, rate: float, begins_at: float, seed: str) -> dict[str, int]:
@@ -128,7 +129,7 @@ def one_mode(mode: str, clients: list[Any], url: str, seed: int) -> dict[str, An
     """The whole story of one mode."""
     import ray
 
-    begins_at = time.time() + 2.0
+    begins_at = time.time() + 5.0
     ask(f"{url}/begin?at={begins_at}")
     refs = [
         client.call.remote(mode, f"{url}/work", OFFERED / len(clients), begins_at, f"{seed} {mode} {n}")
@@ -165,7 +166,7 @@ def judge(series: dict[str, list[float]], calls_while_frozen: int) -> dict[str, 
     def mean(what: str, begin_s: float, end_s: float) -> float:
         return statistics.fmean(series[what][int(begin_s / SLOT_S) : int(end_s / SLOT_S)])
 
-    before = mean("good", 2.0, FREEZE_AT_S)
+    before = mean("good", 4.0, FREEZE_AT_S)
     back_after = None
     after_s = 0.0
     while THAW_AT_S + after_s + 3.0 <= END_S:  # back: from here on it is good for three seconds
@@ -238,7 +239,7 @@ def plot(figures: dict[str, Any], file: Path) -> None:
     slot = figures["slot_s"]
     begin, end = figures["frozen_s"]
     colours = {"open": "#e8590c", "half_open": "#fab005", "closed": "#69db7c"}
-    top = 3.7 * figures["capacity_per_s"]
+    top = 4.4 * figures["capacity_per_s"]
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 6), sharex=True, sharey=True)
     for panel, mode in zip(panels.flat, MODES, strict=True):
         data = figures["modes"][mode]
