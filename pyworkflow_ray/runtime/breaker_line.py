@@ -3,11 +3,11 @@
 The actor opens a `Teller`, each process's channel follows it (`follow`). Between nodes the actor answers calls that
 wait for a change: each costs both ends about a millisecond of CPU, so fifty processes of one machine would hear of an
 opening a quarter of a second late (benchmarks/breakers.py); by a socket they hear of it within some milliseconds.
-Messages are pickles, so a process dials only the port, and says the key, that Ray has carried.
+Messages are pickles, so both ends prove first that they have the key, which Ray alone has carried.
 
 Faults: the actor dies (its sockets end, and the process asks it again); a stranger connects and says anything or
-nothing (turned away); a process does not read (it is cut off, and asks the actor); sockets can't be used here (calls
-then).
+nothing (turned away), or listens at a dead actor's port (nothing it says is taken); a process does not read (it is cut
+off, and asks the actor); sockets can't be used here (calls then).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger("pyworkflow_ray.breaker")
 
 Views = list[tuple[str | None, View]]  # by key
 
-KEY_BYTES = 32
+KEY_BYTES = NONCE_BYTES = PROOF_BYTES = 32
 HELLO_S = 10.0
 MAX_UNREAD_BYTES = 1_000_000
 
@@ -72,8 +72,7 @@ class Teller:
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert self._address is not None
         try:
-            said = await asyncio.wait_for(reader.readexactly(KEY_BYTES), HELLO_S)
-            if hmac.compare_digest(said, self._address.key):
+            if await asyncio.wait_for(self._knows_the_key(reader, writer, self._address.key), HELLO_S):
                 writer.write(_framed(self._greeting()))
                 self._peers.add(writer)
                 await reader.read(1)  # it says nothing more: this is its end
@@ -82,6 +81,12 @@ class Teller:
         finally:
             self._peers.discard(writer)
             writer.close()
+
+    @staticmethod
+    async def _knows_the_key(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes) -> bool:
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        writer.write(_proof(key, b"actor", await reader.readexactly(NONCE_BYTES)) + nonce)
+        return hmac.compare_digest(await reader.readexactly(PROOF_BYTES), _proof(key, b"process", nonce))
 
 
 async def follow(address: Address, hear: Callable[[Views], Any]) -> None:
@@ -92,7 +97,12 @@ async def follow(address: Address, hear: Callable[[Views], Any]) -> None:
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
     try:
-        writer.write(address.key)
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        writer.write(nonce)
+        answer = await asyncio.wait_for(reader.readexactly(PROOF_BYTES + NONCE_BYTES), HELLO_S)
+        if not hmac.compare_digest(answer[:PROOF_BYTES], _proof(address.key, b"actor", nonce)):
+            return
+        writer.write(_proof(address.key, b"process", answer[PROOF_BYTES:]))
         while True:
             size = int.from_bytes(await reader.readexactly(4), "big")
             hear(pickle.loads(await reader.readexactly(size)))
@@ -100,6 +110,10 @@ async def follow(address: Address, hear: Callable[[Views], Any]) -> None:
         return
     finally:
         writer.close()
+
+
+def _proof(key: bytes, who: bytes, nonce: bytes) -> bytes:
+    return hmac.digest(key, who + nonce, "sha256")
 
 
 def _framed(views: Views) -> bytes:

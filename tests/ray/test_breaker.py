@@ -400,6 +400,11 @@ def test_case_18_one_actor_holds_all_keys_and_each_is_a_breaker_of_the_cluster(p
     assert {key: view.state for key, view in keys.items()} == {None: "closed", "a": "open", "b": "closed"}
 
 
+def asks(processes: list[Any], breaker: CircuitBreaker) -> None:
+    """What one process changed is told to the others; who asks has heard of it when the answer is there."""
+    ray.get([process.state.remote(breaker) for process in processes])
+
+
 def test_forces_and_settings_hold_in_every_process(processes: list[Any]) -> None:
     breaker = new(2)
     first, second = processes
@@ -412,6 +417,7 @@ def test_forces_and_settings_hold_in_every_process(processes: list[Any]) -> None
     breaker.reset()
     ray.get(second.force.remote(breaker, "configure", failure_threshold=1))
     assert breaker.snapshot().settings["failure_threshold"] == 1
+    asks(processes, breaker)
     assert ray.get(first.fail.remote(breaker, 2)) == ["ConnectionError", "CircuitOpenError"]
     assert breaker.state == "open"  # declared settings are compared, never configured ones
 
@@ -531,6 +537,7 @@ def test_case_2_a_sick_node_is_cut_off_alone_and_the_second_one_opens_it_for_all
     assert "2 consecutive failures" in snapshot.nodes["sick"]
     breaker.reset()
     assert breaker.snapshot().nodes == {}
+    asks(processes, breaker)
     assert ray.get(sick.fail.remote(breaker, 1)) == ["ConnectionError"]
     assert ray.get(well.fail.remote(breaker, 1)) == ["ConnectionError"]
     assert breaker.state == "open"
@@ -545,9 +552,11 @@ def test_case_9_a_ramp_is_one_for_all_processes(processes: list[Any]) -> None:
     assert ray.get(processes[0].fail.remote(breaker, 1)) == ["ConnectionError"]
     assert ray.get(processes[1].succeed.remote(breaker)) == "ok"  # the probe
     assert breaker.snapshot().ramp == pytest.approx(0.05, abs=0.05)
+    asks(processes, breaker)
     through = ray.get([process.count_through.remote(breaker, 100) for process in processes])
     assert sum(through) < 100, through  # a share of what both offer, never all
     breaker.configure(ramp=None)
+    asks(processes, breaker)
     assert ray.get([process.count_through.remote(breaker, 20) for process in processes]) == [20, 20]
 
 

@@ -49,9 +49,26 @@ async def test_who_comes_hears_how_it_is_and_then_each_change(line: tuple[Teller
 async def test_a_stranger_hears_nothing(line: tuple[Teller, Address]) -> None:
     teller, address = line
     stranger = Process(dataclasses.replace(address, key=b"x" * breaker_line.KEY_BYTES))
-    await stranger.follows  # turned away
+    await stranger.follows
     assert stranger.heard.empty()
+    reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
+    writer.write(b"x" * (breaker_line.NONCE_BYTES + breaker_line.PROOF_BYTES))
+    assert len(await reader.read()) == breaker_line.PROOF_BYTES + breaker_line.NONCE_BYTES  # turned away
     assert not teller._peers
+    writer.close()
+
+
+async def test_nothing_is_taken_from_a_stranger_at_the_actors_port() -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonce = await reader.readexactly(breaker_line.NONCE_BYTES)
+        writer.write(nonce * 2 + breaker_line._framed([(None, OPEN)]))
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(speak, "127.0.0.1", 0) as server:
+        process = Process(Address("node", server.sockets[0].getsockname()[1], b"k" * breaker_line.KEY_BYTES))
+        await process.follows
+        assert process.heard.empty()
 
 
 async def test_the_end_of_a_process_is_noticed(line: tuple[Teller, Address]) -> None:
@@ -76,8 +93,10 @@ async def test_the_end_of_the_actor_ends_the_line(line: tuple[Teller, Address]) 
 async def test_who_does_not_read_is_cut_off(line: tuple[Teller, Address], monkeypatch: pytest.MonkeyPatch) -> None:
     teller, address = line
     monkeypatch.setattr(breaker_line, "MAX_UNREAD_BYTES", 1000)
-    reader, writer = await asyncio.open_connection("127.0.0.1", address.port, limit=1)
-    writer.write(address.key)
+    reader, writer = await asyncio.open_connection("127.0.0.1", address.port, limit=100)
+    writer.write(b"n" * breaker_line.NONCE_BYTES)
+    answer = await reader.readexactly(breaker_line.PROOF_BYTES + breaker_line.NONCE_BYTES)
+    writer.write(breaker_line._proof(address.key, b"process", answer[breaker_line.PROOF_BYTES :]))
     while not teller._peers:
         await asyncio.sleep(0)
     for _ in range(20_000):
