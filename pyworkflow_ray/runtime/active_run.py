@@ -113,10 +113,9 @@ class ActiveRun:
 
     def _activation(self, events: list[Event], lease: str) -> RunActivated:
         given = self.assignment
-        begun = any(isinstance(event, RunActivated) for event in events)
         return RunActivated(
             epoch=self.epoch,
-            cause="start" if given.cause == "recovery" and not begun else given.cause,
+            cause=given.cause,
             charged=given.charged and was_lost(events),
             lease=lease,
             node=self._node,

@@ -522,9 +522,6 @@ def test_case_16_a_closed_call_asks_nobody_and_takes_no_lock(
     assert len(sent) == 1
 
 
-# Several nodes, a ramp, faults in half-open ---------------------------------------------------------------------------
-
-
 def test_case_2_a_sick_node_is_cut_off_alone_and_the_second_one_opens_it_for_all(processes: list[Any]) -> None:
     breaker = CircuitBreaker(f"test-{uuid.uuid4().hex}", failure_threshold=2, recovery_timeout=600, min_nodes=2)
     sick, well = processes
