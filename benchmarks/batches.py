@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flows import gather_singles, map_local, map_tasks
+from benchmarks.local_ray import start_ray
 
 GROWTH = (10, 20, 40, 80)  # chunks
 CHUNK = 1_000
@@ -68,13 +69,7 @@ def measure(rounds: int, items: int) -> dict[str, Any]:
 
     import pyworkflow_ray as pw
 
-    ray.init(
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
-    )
+    start_ray()
     pw.init(storage=Path(tempfile.mkdtemp(prefix="pyworkflow-ray-bench-")) / "storage")
     cpus = os.cpu_count() or 1
     rows: dict[str, list[float]] = {"bare": [], "singles": [], "map": [], "map_local": []}

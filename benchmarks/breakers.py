@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.local_ray import start_ray
 from benchmarks.runs import percentile
 
 CHECK, RECORD = "check", "check and record"
@@ -284,13 +285,7 @@ def measure(rounds: int, calls: int, processes: int, trips: int, period_s: float
         )
     import ray
 
-    ray.init(
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
-    )
+    start_ray()
     breaker = CircuitBreaker(f"bench-{uuid.uuid4().hex}")
     assert breaker.state == "closed"  # its actor lives
     messages = _count_messages(breaker)

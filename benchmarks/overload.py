@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pyworkflow_ray as pw
+from benchmarks.local_ray import start_ray
 
 CAPACITY, OFFERED = 50.0, 40.0  # requests a second
 QUEUE_S, TIMEOUT_S = 2.0, 0.5
@@ -189,13 +190,7 @@ def measure(processes: int, seed: int) -> dict[str, Any]:
     import ray
 
     os.environ.setdefault("RAY_worker_niceness", "0")  # else they would stand back behind the server
-    ray.init(
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
-    )
+    start_ray()
     pw.init(storage=Path(tempfile.mkdtemp(prefix="pyworkflow-ray-bench-")) / "storage", log_level="CRITICAL")
     server = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.overload_server", str(CAPACITY), str(int(CAPACITY * QUEUE_S))],

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flaky import FEW, LONG_S, MANY, SHORT_S, by_local_steps, by_tasks
+from benchmarks.local_ray import start_ray
 
 ACTORS = 2
 # Of each row: steps a run, attempts a step.
@@ -241,13 +242,7 @@ def measure(rounds: int, scale: float, peers: bool) -> dict[str, Any]:
                 stack.callback(other.close)
         # On a busy machine Ray's workers would stand back behind everything else, the rows without Ray included.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        ray.init(
-            num_cpus=os.cpu_count(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
-        )
+        start_ray()
         stack.callback(ray.shutdown)
         pw.init(storage=folder / "storage", pool_min=ACTORS, pool_max=ACTORS, log_level="ERROR")
         stack.callback(pw.shutdown)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.flows import ten_slow, three_local, three_tasks
+from benchmarks.local_ray import start_ray
 
 ACTORS = 2
 
@@ -181,13 +182,7 @@ def measure(rounds: int, runs: int, kills: int) -> dict[str, Any]:
     import ray
 
     began = time.perf_counter()
-    ray.init(
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
-    )
+    start_ray()
     ray_s = time.perf_counter() - began
     began = time.perf_counter()
     pw.init(storage=Path(folder) / "storage", pool_min=ACTORS, pool_max=ACTORS)

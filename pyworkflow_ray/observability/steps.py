@@ -63,6 +63,7 @@ class Track:
     state: m.StepState = "queued"
     attempts: list[Attempt] = field(default_factory=list)
     fresh_from: int = 0
+    counted_to: int = 0  # of attempts up to this one some are only counted
     ended_at: float | None = None
     result: ev.Payload | None = None
     error: ev.ErrorInfo | None = None
@@ -84,7 +85,7 @@ class Track:
         attempt = self._attempt(epoch, event.dispatch, event.first)
         attempt.status, attempt.started_at, attempt.ended_at = "failed", event.started_at, event.ended_at
         attempt.number, attempt.counts = event.last - event.first + 1, dict(event.counts)
-        attempt.counted_to = event.last
+        attempt.counted_to = self.counted_to = event.last
         self._go("retrying")
 
     def attempt_failed(self, event: ev.AttemptFailed, epoch: int) -> None:
@@ -102,8 +103,10 @@ class Track:
 
     def _uncount(self, event: ev.AttemptFailed) -> bool:
         """Whether this one had been counted: then the count is of one less."""
+        if event.attempt > self.counted_to:
+            return False  # most steps: nothing of them is counted
         for counted in self.attempts:
-            if counted.counts and counted.attempt <= event.attempt <= counted.counted_to:
+            if counted.attempt <= event.attempt <= counted.counted_to and event.error.type in counted.counts:
                 counted.counts[event.error.type] -= 1
                 counted.counts = {name: number for name, number in counted.counts.items() if number}
                 counted.number -= 1
