@@ -37,6 +37,7 @@ from benchmarks.runs import percentile
 
 CHECK, RECORD = "check", "check and record"
 BASE = "pybreaker"
+SETTLE_S = 1.0
 
 
 def service() -> int:
@@ -236,6 +237,7 @@ def refusals(ray: Any, processes: int, trips: int, period_s: float) -> dict[str,
         _until_closed(ray, callers)
         time.sleep(0.05 + period_s * (n % 7) / 7)  # a trip at any time of a caller's period
         tripped_at = ray.get(callers[n % processes].fail.remote())
+        time.sleep(SETTLE_S)  # asking fifty processes how it went takes the CPU from those that have yet to hear
         ended = ray.get([caller.end.remote() for caller in callers])
         refused = [at - tripped_at for at, _ in ended if at is not None]
         assert len(refused) == processes, "a process was never refused"

@@ -73,6 +73,7 @@ class Ours:
             found += sum(attempts_of_a_run(run_id, events, steps, attempts))
             if len(kept) < 20_000:
                 kept += [event for event in events if event.type == "attempt_failed"]
+                kept += [one for event in events if event.type == "attempts_failed" for one in event.each()]
         journal = sum(path.stat().st_size for path in self.storage.rglob("*.journal"))
         return {"runs": len(self.runs), "attempts": found, "bytes_an_attempt": journal / max(1, found), "events": kept}
 
@@ -84,6 +85,8 @@ def attempts_of_a_run(run_id: str, events: list[Any], steps: int, attempts: int)
     for event in events:
         if event.type == "attempt_failed":
             failed.setdefault(event.position, []).append(event.attempt)
+        elif event.type == "attempts_failed":
+            failed.setdefault(event.position, []).extend(range(event.first, event.last + 1))
     assert len(completed) == steps, f"{run_id}: {len(completed)} of {steps} steps are completed in the log"
     for position, last in completed.items():
         numbers = [*failed.get(position, []), last]

@@ -174,6 +174,11 @@ def detail(event: ev.Event, view: RunView, zone: dt.tzinfo) -> str:
             wait = f", waits {format_duration(event.delay_s)}" if event.delay_s is not None else ""
             reason = f" ({event.delay_reason})" if event.delay_reason else ""
             return f"attempt {event.attempt}: {event.error.kind} · {error_view(event.error).line}{wait}{reason}"
+        case ev.AttemptsFailed():
+            errors = "; ".join(f"{error.kind} · {error_view(error).line}" for error in event.errors)
+            longest_s = max(delay_s for _, _, _, delay_s in event.attempts)
+            waits = f"waits up to {format_duration(longest_s)}" if longest_s else "no waits"
+            return f"attempts {event.first} to {event.last}: {errors}, {waits}"
         case ev.AttemptsCounted():
             counts = ", ".join(f"{name} {count}" for name, count in event.counts.items())
             return f"attempts {event.first} to {event.last}: {counts}"

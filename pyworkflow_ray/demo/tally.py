@@ -12,6 +12,7 @@ from typing import Literal
 
 from pyworkflow_ray.engine.events import (
     AttemptFailed,
+    AttemptsFailed,
     Event,
     RunActivated,
     RunCancelled,
@@ -96,6 +97,8 @@ def tally(histories: Iterable[Sequence[Event]]) -> Tally:
         for event in history:
             if isinstance(event, AttemptFailed) and event.delay_s is not None:
                 result.retries += 1
+            elif isinstance(event, AttemptsFailed):
+                result.retries += len(event.attempts)
             elif isinstance(event, RunActivated):
                 result.recoveries += begun and event.cause == "recovery"
                 begun = True

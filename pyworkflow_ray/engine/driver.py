@@ -162,7 +162,7 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
             return self._settle(now)
         for attempt in outcome.attempts:
             if not step.has(attempt):
-                self._note(attempt.model_copy(update={"at": now}))
+                self._note(step.unseen(attempt).model_copy(update={"at": now}))
         position, dispatch = outcome.position, outcome.dispatch
         if outcome.status == "completed" and outcome.result is not None:
             self._deliver(

@@ -17,97 +17,21 @@ Readers ignore an unknown event type only where the record says `safe: true` (cl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from pyworkflow_ray.engine.values import CodeEnvironment as CodeEnvironment
+from pyworkflow_ray.engine.values import CodeRef as CodeRef
+from pyworkflow_ray.engine.values import ErrorInfo as ErrorInfo
+from pyworkflow_ray.engine.values import Frame as Frame
+from pyworkflow_ray.engine.values import Kind as Kind
+from pyworkflow_ray.engine.values import Payload as Payload
 from pyworkflow_ray.resilience.breaker_settings import options_for
 from pyworkflow_ray.resilience.policy import RetryPolicy
 
 SCHEMA_VERSION = 1
-
-Kind = Literal["transient", "permanent", "cascade", "timeout"]
-
-
-class Payload(BaseModel):
-    """One encoded value. The encoding is this field, set by us, and never a tag inside user data.
-
-    enc: "json" (`data` is the value itself), "model" (a pydantic model or dataclass of class `cls`, `data` its JSON
-        form), "pickle" (`data` is base64 of a pickle made by Python `py`), "custom" (made by a codec hook).
-    ref: SHA-256 of the spilled bytes where the value is too large for the journal; `data` is then None.
-    size: encoded size in bytes.
-    digest: hash of the canonical encoding, None where the encoding is not canonical (pickles).
-    cls: the class of the value, "module:qualname", for "model" and "pickle".
-    preview: a short text of the value for people, None where `data` shows it already or it is redacted.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    enc: str
-    data: Any = None
-    ref: str | None = None
-    size: int = 0
-    digest: str | None = None
-    cls: str | None = None
-    py: str | None = None
-    preview: str | None = None
-
-
-class CodeRef(BaseModel):
-    """Where the code of a flow or step is found.
-
-    how: "import" (`module`, `qualname` lead back to the same object), "registered" (import `module`, then look `name`
-        up among what it registered), "snapshot" (by value: the snapshot `ref` of the storage holds it under `name`),
-        "value" (by value, in `payload`: a step made while the workflow ran).
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    how: Literal["import", "registered", "snapshot", "value"]
-    name: str
-    module: str | None = None
-    qualname: str | None = None
-    ref: str | None = None
-    payload: Payload | None = None
-
-
-class CodeEnvironment(BaseModel):
-    """What a process needs to run the code of a run. Anchors, warm pools, wake-ups and recovery are keyed by `key`."""
-
-    model_config = ConfigDict(frozen=True)
-
-    key: str
-    python: str  # "3.11"
-    import_roots: tuple[str, ...] = ()
-    runtime_env: dict[str, Any] = Field(default_factory=dict)
-    code_version: str | None = None
-    preload: tuple[str, ...] = Field(default=(), exclude_if=lambda modules: not modules)  # imported before any code
-
-
-class Frame(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    file: str
-    line: int
-    function: str
-
-
-class ErrorInfo(BaseModel):
-    """A failure, readable without the code that raised it.
-
-    type: class name; module: its module; message: its text (a text of ours where `__str__` raises).
-    where: the user's innermost frame. exception: recipe to rebuild the exception itself, None where it can't be.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    kind: Kind
-    type: str
-    module: str = ""
-    message: str = ""
-    traceback: str = ""
-    where: Frame | None = None
-    exception: Payload | None = None
 
 
 class Event(BaseModel):
@@ -298,6 +222,49 @@ class AttemptFailed(Event):
     why: str = Field(default="", exclude_if=lambda why: not why)  # as in `step_failed`, where no attempt follows
 
 
+class AttemptsFailed(Event):
+    """Note: attempts from `first` on failed one after another, each followed by the next at once or after a short wait.
+
+    Together, for one record each would cost more than the attempts. errors: each once. attempts: of each [started_at,
+    ended_at, index of its error, delay_s]. What else there is holds for all of them. `each` takes them apart.
+    """
+
+    type: Literal["attempts_failed"] = "attempts_failed"
+    position: str
+    dispatch: int
+    first: int
+    errors: list[ErrorInfo]
+    attempts: list[tuple[float, float, int, float]]
+    delay_reason: str | None = None
+    breaker: str | None = None
+    worker: str = ""
+    node: str = ""
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.attempts) - 1
+
+    def each(self) -> Iterator[AttemptFailed]:
+        """As one event an attempt."""
+        names = ("seq", "at", "position", "dispatch", "delay_reason", "breaker", "worker", "node")
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names}
+        for attempt, (started_at, ended_at, which, delay_s) in enumerate(self.attempts, self.first):
+            yield AttemptFailed(
+                attempt=attempt,
+                started_at=started_at,
+                ended_at=ended_at,
+                error=self.errors[which],
+                delay_s=delay_s,
+                retry_at=ended_at + delay_s,
+                **shared,
+            )
+
+    def after(self, attempt: int) -> AttemptsFailed:
+        """Those after number `attempt`."""
+        skipped = max(0, attempt + 1 - self.first)
+        return self.model_copy(update={"first": self.first + skipped, "attempts": self.attempts[skipped:]})
+
+
 class AttemptsCounted(Event):
     """Note: attempts `first` to `last` failed, each followed by another. Of a step that is retried very often only the
     first and last are recorded whole; these are counted, by the types of their errors. Those of them that turn out to
@@ -315,7 +282,7 @@ class AttemptsCounted(Event):
     counts: dict[str, int] = Field(default_factory=dict)
 
 
-AttemptRecord = AttemptFailed | AttemptsCounted
+AttemptRecord = AttemptFailed | AttemptsFailed | AttemptsCounted
 AttemptNote = StepStarted | AttemptRecord  # what a worker streams of an execution
 
 
@@ -537,6 +504,7 @@ AnyEvent = Annotated[
         StepStarted,
         StepDispatched,
         AttemptFailed,
+        AttemptsFailed,
         AttemptsCounted,
         StepHandedBack,
         StepLost,

@@ -20,6 +20,7 @@ from pyworkflow_ray.engine.events import (
     AttemptFailed,
     AttemptRecord,
     AttemptsCounted,
+    AttemptsFailed,
     ChunkCompleted,
     ErrorInfo,
     Event,
@@ -82,11 +83,17 @@ class StepState:
         """Whether the log has this very record; one that was counted may still come whole."""
         if isinstance(record, AttemptsCounted):
             return self.knows(record.last)
-        return record.attempt in self.failed_attempts
+        return (record.last if isinstance(record, AttemptsFailed) else record.attempt) in self.failed_attempts
+
+    def unseen(self, record: AttemptRecord) -> AttemptRecord:
+        """What the log does not have of a record: of attempts told together the first may have been told before."""
+        if isinstance(record, AttemptsFailed) and record.first in self.failed_attempts:
+            return record.after(next(n for n in range(record.last, 0, -1) if n in self.failed_attempts))
+        return record
 
     def follows(self, event: AttemptRecord) -> bool:
         """Whether the log has all before it, and not it itself; a streamed record may be late, or overtake others."""
-        first, last = (event.first, event.last) if isinstance(event, AttemptsCounted) else (event.attempt,) * 2
+        first, last = (event.attempt,) * 2 if isinstance(event, AttemptFailed) else (event.first, event.last)
         return not self.knows(last) and (first == self.first_attempt or self.knows(first - 1))
 
     def begin(self, at: float) -> None:
@@ -163,6 +170,8 @@ class History:
                 self._dispatched(event)
             case AttemptFailed():
                 self._attempt_failed(event)
+            case AttemptsFailed():
+                self._attempts_failed(event)
             case AttemptsCounted():
                 self._attempts_counted(event)
             case StepHandedBack():
@@ -275,26 +284,33 @@ class History:
 
     def _attempt_failed(self, event: AttemptFailed) -> None:
         step = self.step(event.position)
-        if event.attempt in step.failed_attempts:
-            return
-        step.failed_attempts.add(event.attempt)
-        self._remember(step, event)
-        if event.attempt <= step.counted_to:
-            return  # it has been counted, only its details are new
-        step.attempt = max(step.attempt, event.attempt)
-        step.retries_used += 1
-        step.begin(event.started_at)
-        step.started_at = None
-        step.last_error = event.error
-        step.retry_at = event.retry_at
-        step.verdict = event if event.retry_at is None else None
+        if self._failed(step, event.attempt, event.started_at, event.error, event.delay_s):
+            step.retry_at = event.retry_at
+            step.verdict = event if event.retry_at is None else None
+
+    def _attempts_failed(self, event: AttemptsFailed) -> None:
+        step = self.step(event.position)
+        for attempt, (started_at, ended_at, which, delay_s) in enumerate(event.attempts, event.first):
+            if self._failed(step, attempt, started_at, event.errors[which], delay_s):
+                step.retry_at, step.verdict = ended_at + delay_s, None
 
     @staticmethod
-    def _remember(step: StepState, event: AttemptFailed) -> None:
-        failure = PreviousFailure(event.attempt, event.error.kind, event.error.type, event.error.message, event.delay_s)
-        step.previous.append(failure)
+    def _failed(step: StepState, attempt: int, started_at: float, error: ErrorInfo, delay_s: float | None) -> bool:
+        """Whether this is news of the step's last attempt; of one that has been counted only its details are new."""
+        if attempt in step.failed_attempts:
+            return False
+        step.failed_attempts.add(attempt)
+        step.previous.append(PreviousFailure(attempt, error.kind, error.type, error.message, delay_s))
         if len(step.previous) > MAX_PREVIOUS:  # the first and the last
             del step.previous[MAX_PREVIOUS // 2]
+        if attempt <= step.counted_to:
+            return False
+        step.attempt = max(step.attempt, attempt)
+        step.retries_used += 1
+        step.begin(started_at)
+        step.started_at = None
+        step.last_error = error
+        return True
 
     def _activated(self, event: RunActivated) -> None:
         unseen = event.epoch - max(self.epoch, 0)  # this loss, and those of owners that died before they wrote a word

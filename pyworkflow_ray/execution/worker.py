@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pyworkflow_ray.engine.calls import Codec, Outcome, StepCall
-from pyworkflow_ray.engine.events import AttemptFailed, AttemptNote, ErrorInfo, StepStarted
+from pyworkflow_ray.engine.events import AttemptNote, ErrorInfo
 from pyworkflow_ray.errors import StepFailedError
 from pyworkflow_ray.execution.attempts import Ended, FailedAttempt, Guard, Plan, RunAttempt, attempts, message_of
 from pyworkflow_ray.execution.budgets import Budget, budget_of
@@ -30,7 +30,7 @@ from pyworkflow_ray.execution.definitions import StepDefinition
 from pyworkflow_ray.execution.hooks import RetryEvent, adopt_hooks, hooked, tell
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.perform import Work, drive, drive_async
-from pyworkflow_ray.execution.records import Records
+from pyworkflow_ray.execution.records import Failure, Records
 from pyworkflow_ray.execution.same_errors import encoded_once
 from pyworkflow_ray.execution.worker_loop import WorkerLoop, worker_loop
 from pyworkflow_ray.resilience.taxonomy import Kind, adopt_kinds, classify
@@ -58,6 +58,8 @@ def execute_call(
     loop: WorkerLoop | None = None,
     confirmed: Callable[[], int] | None = None,
     starts: bool = True,
+    gather_s: float = 0.0,
+    hold: Callable[[Records], None] | None = None,
 ) -> Outcome:
     """Make the attempts of one dispatch, blocking the calling thread: a step worker's main thread, or one of a run
     actor's for a local step (several at once share the process's loop).
@@ -72,6 +74,8 @@ def execute_call(
         loop: Where async steps run; None: this process's lasting loop.
         confirmed: Number of the last attempt whose record the owner has; records up to it are left out of the outcome.
         starts: Whether the starts of attempts are reported.
+        gather_s: Attempts that follow each other fast are reported together, once in so many seconds; 0: each.
+        hold: Given the records, whose `take` any thread may call to report them sooner.
     """
     if call.chunk is not None:
         from pyworkflow_ray.execution.chunks import execute_chunk
@@ -86,7 +90,9 @@ def execute_call(
             wait_max_s=wait_max_s,
             **about,  # type: ignore[arg-type]
         )
-    execution = Execution(call, step, codec, report, worker, node, clock, rng)
+    execution = Execution(call, step, codec, report, worker, node, clock, rng, gather_s=gather_s)
+    if hold is not None:
+        hold(execution.records)
     try:
         function = execution.function()
     except Exception as error:
@@ -171,11 +177,11 @@ class Execution:
         clock: Callable[[], float],
         rng: random.Random,
         sleep: Callable[[float], Any] = time.sleep,
+        gather_s: float = 0.0,
     ) -> None:
         self.call = call
         self.step = step
         self.codec = codec
-        self.report = report
         self.worker = worker
         self.node = node
         self.clock = clock
@@ -185,7 +191,7 @@ class Execution:
         adopt_hooks(call.hooks, codec.decode)
         self.scope = scope_of(call)
         self.key = self.scope.key
-        self.records = Records(report)
+        self.records = Records(call.position, call.dispatch, worker=worker, node=node, report=report, gather_s=gather_s)
         self.budget: Budget | None = None
         self._unusable: Exception | None = None
         try:
@@ -223,7 +229,7 @@ class Execution:
             deadline=call.deadline,
             wait_max_s=wait_max_s,
             accept=self.codec.encode,
-            on_started=self.started,
+            on_started=self.records.started,
             on_failed=self.failed,
             cancelled=bool if interrupt is None else lambda: interrupt.cancelled,
             where=f"run {call.run_id}",
@@ -262,39 +268,20 @@ class Execution:
             _sleep=self.sleep,
         )
 
-    def started(self, attempt: int, at: float) -> None:
-        if not self.records.tells_start(attempt):
-            return
-        self.report(
-            StepStarted(
-                at=at,
-                position=self.call.position,
-                dispatch=self.call.dispatch,
-                attempt=attempt,
-                started_at=at,
-                worker=self.worker,
-                node=self.node,
+    def failed(self, failure: FailedAttempt) -> None:
+        self.records.failed(
+            Failure(
+                failure.attempt,
+                failure.started_at,
+                failure.ended_at,
+                self.error_info(failure.error, failure.kind),
+                failure.delay_s,
+                failure.delay_reason,
+                failure.retry_at,
+                failure.breaker,
+                failure.why,
             )
         )
-
-    def failed(self, failure: FailedAttempt) -> None:
-        record = AttemptFailed(
-            at=failure.ended_at,
-            position=self.call.position,
-            dispatch=self.call.dispatch,
-            attempt=failure.attempt,
-            started_at=failure.started_at,
-            ended_at=failure.ended_at,
-            error=self.error_info(failure.error, failure.kind),
-            delay_s=failure.delay_s,
-            delay_reason=failure.delay_reason,
-            retry_at=failure.retry_at,
-            breaker=failure.breaker,
-            worker=self.worker,
-            node=self.node,
-            why=failure.why,
-        )
-        self.records.add(record)
         if failure.delay_s is not None and hooked("retry"):
             call = self.call
             tell_retry(failure, call.step, call.run_id, call.workflow, call.position)

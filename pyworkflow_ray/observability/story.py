@@ -99,6 +99,9 @@ class Story:
             track.started(event, self.epoch)
         elif isinstance(event, ev.AttemptFailed):
             track.attempt_failed(event, self.epoch)
+        elif isinstance(event, ev.AttemptsFailed):
+            for one in event.each():
+                track.attempt_failed(one, self.epoch)
         elif isinstance(event, ev.AttemptsCounted):
             track.attempts_counted(event, self.epoch)
         elif isinstance(event, ev.StepHandedBack):

@@ -24,7 +24,7 @@ import ray
 
 from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.commands import Limits
-from pyworkflow_ray.engine.events import AttemptFailed, AttemptNote
+from pyworkflow_ray.engine.events import AttemptNote
 from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.engine.pausing import lost_too_often
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, FencedError, RunNotFoundError, StorageError
@@ -361,24 +361,13 @@ class RunActor:
     def _local_call(self, call: StepCall) -> None:
         interrupt = self._interrupts[call.position, call.dispatch]
 
-        untold: list[AttemptNote] = []
-        told_at = time.monotonic()
-
-        def report(event: AttemptNote) -> None:
-            # attempts that follow each other at once go together, or with the outcome
-            nonlocal told_at, untold
-            untold.append(event)
-            fast = isinstance(event, AttemptFailed) and event.delay_s is not None and event.delay_s < _TELL_S
-            if fast and time.monotonic() < told_at + _TELL_S:
-                return
+        def report(note: AttemptNote) -> None:
             with self._lock:
                 if self._is_active(call):
-                    for note in untold:
-                        self._active.record_locked(note)  # type: ignore[union-attr]
-            untold, told_at = [], time.monotonic()
+                    self._active.record_locked(note)  # type: ignore[union-attr]
 
         # the start of a local attempt is told by its end
-        outcome = run_call(call, self._process, report=report, interrupt=interrupt, starts=False)
+        outcome = run_call(call, self._process, report=report, interrupt=interrupt, starts=False, gather_s=_TELL_S)
         with self._lock:
             self._interrupts.pop((call.position, call.dispatch), None)
             if self._is_active(call):

@@ -9,6 +9,7 @@ ends this task, and the line raises); a step may be stuck where nothing but the 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -16,16 +17,16 @@ from collections.abc import Callable
 from typing import Any
 
 from pyworkflow_ray.engine.calls import Outcome, StepCall
-from pyworkflow_ray.engine.events import AttemptFailed, AttemptNote, CodeEnvironment
+from pyworkflow_ray.engine.events import AttemptNote, CodeEnvironment
 from pyworkflow_ray.execution.code import load_step
 from pyworkflow_ray.execution.environment import enter_environment
 from pyworkflow_ray.execution.interrupt import Interrupt
+from pyworkflow_ray.execution.records import FAST_S, Records
 from pyworkflow_ray.execution.worker import execute_call
 from pyworkflow_ray.runtime.line import Address, Line, open_line
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.runtime.process import Process, enter_process
 
-_FIRST_LOOK_S = 0.05  # an attempt that ends sooner is reported by its outcome alone
 _LOOK_S = 0.25  # between two questions whether the step shall stop
 
 
@@ -52,9 +53,17 @@ def host_steps(
 
 def _execute(line: Line, host_id: str, call: StepCall, process: Process, watch: _Watch) -> Outcome:
     interrupt = Interrupt()
-    reporter = watch.begin(line, host_id, call, interrupt)
+    watch.begin(line, host_id, call, interrupt)
+    # Stuck code holds the GIL: the watching thread may never run again.
+    at_once = call.policy.timeout_s is not None or call.policy.total_timeout_s is not None
+
+    def report(note: AttemptNote) -> None:
+        # not waited for: what gets lost with this process is recorded as unknown
+        line.note(host_id, call.position, call.dispatch, [note])
+
     try:
-        return run_call(call, process, report=reporter, interrupt=interrupt)
+        gather_s = 0.0 if at_once else math.inf
+        return run_call(call, process, report=report, interrupt=interrupt, gather_s=gather_s, hold=watch.hold)
     finally:
         watch.end()
 
@@ -66,6 +75,8 @@ def run_call(
     report: Callable[[AttemptNote], None],
     interrupt: Interrupt,
     starts: bool = True,
+    gather_s: float = 0.0,
+    hold: Callable[[Records], None] | None = None,
 ) -> Outcome:
     """Load the step's code and execute the call; code that can't be loaded is a failed outcome. Never raises."""
     started_at = time.time()
@@ -96,6 +107,8 @@ def run_call(
         worker=process.worker,
         node=process.node,
         starts=starts,
+        gather_s=gather_s,
+        hold=hold,
     )
 
 
@@ -111,39 +124,25 @@ class _Watch:
         self._line: Line | None = None
         self._host_id = ""
         self._interrupt: Interrupt | None = None
-        self._notes: list[AttemptNote] = []
+        self._records: Records | None = None
         self._next_look = 0.0
         self._thread = threading.Thread(target=self._loop, name="pyworkflow-ray-watch", daemon=True)
         self._thread.start()
 
-    def begin(self, line: Line, host_id: str, call: StepCall, interrupt: Interrupt) -> Callable[[AttemptNote], None]:
+    def begin(self, line: Line, host_id: str, call: StepCall, interrupt: Interrupt) -> None:
         with self._wake:
             self._call, self._line, self._host_id, self._interrupt = call, line, host_id, interrupt
-            self._notes = []
-            self._next_look = time.monotonic() + _FIRST_LOOK_S
+            self._records = None
+            self._next_look = time.monotonic() + FAST_S
             self._wake.notify()
-        # stuck code holds the GIL: this thread may never run again
-        at_once = call.policy.timeout_s is not None or call.policy.total_timeout_s is not None
 
-        def report(event: AttemptNote) -> None:
-            # attempts that follow each other at once go together, at this thread's next look
-            fast = isinstance(event, AttemptFailed) and event.delay_s is not None and event.delay_s < _FIRST_LOOK_S
-            if at_once or (isinstance(event, AttemptFailed) and not fast):
-                # not waited for: what gets lost with this process is recorded as unknown
-                with self._wake:
-                    before, self._notes = self._notes, []
-                line.note(host_id, call.position, call.dispatch, [*before, event])
-                return
-            with self._wake:
-                if self._call is call:
-                    self._notes.append(event)
-
-        return report
+    def hold(self, records: Records) -> None:
+        """The records of the call that has begun."""
+        self._records = records
 
     def end(self) -> None:
         with self._wake:
-            self._call = self._line = self._interrupt = None
-            self._notes = []
+            self._call = self._line = self._interrupt = self._records = None
 
     def _loop(self) -> None:
         while True:
@@ -155,11 +154,12 @@ class _Watch:
                     self._wake.wait(wait)
                     continue
                 call, line, interrupt = self._call, self._line, self._interrupt
-                notes, self._notes = self._notes, []
+                records = self._records
                 self._next_look = time.monotonic() + _LOOK_S
             if call is None or line is None or interrupt is None:
                 continue
             try:
+                notes = [] if records is None else records.take()
                 stop = line.attend(self._host_id, call.position, call.dispatch, notes)
             except Exception:  # the run actor is gone: nobody wants the outcome, and Ray ends this process soon
                 stop = True

@@ -20,12 +20,14 @@ from pyworkflow_ray.engine.events import (
     TERMINAL,
     AttemptFailed,
     AttemptNote,
+    AttemptsFailed,
     Event,
     RunActivated,
     RunCreated,
     RunFailed,
     RunParked,
     RunPaused,
+    StepStarted,
 )
 from pyworkflow_ray.engine.history import History, failed_positions
 from pyworkflow_ray.errors import NonDeterminismError, RunError
@@ -284,6 +286,9 @@ class Owner:
             await asyncio.wait(dying, timeout=_UNWIND_S)
         events = self.store.events()
         failed = {(e.position, e.attempt) for e in events if isinstance(e, AttemptFailed)}
+        for event in events:
+            if isinstance(event, AttemptsFailed):
+                failed |= {(event.position, attempt) for attempt in range(event.first, event.last + 1)}
         self._env.injected.give_back(self.run_id, lambda position, attempt: (position, attempt) in failed)
         last = events[-1]
         if isinstance(last, TERMINAL):
@@ -308,7 +313,7 @@ class Owner:
 
     async def _execute(self, driver: Driver, call: StepCall, key: tuple[int, str, int]) -> None:
         def report(event: AttemptNote) -> None:
-            if isinstance(event, AttemptFailed) or call.executor == "task":
+            if not isinstance(event, StepStarted) or call.executor == "task":
                 self._input(driver, lambda d: d.record(event, self._now()))
 
         env = self._env

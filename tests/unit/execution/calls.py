@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pyworkflow_ray.engine.calls import Outcome, StepCall
-from pyworkflow_ray.engine.events import AttemptFailed, CodeRef, StepStarted
+from pyworkflow_ray.engine.events import AttemptFailed, AttemptsFailed, CodeRef, Event, StepStarted
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.worker import execute_call
 from pyworkflow_ray.storage.codec import StorageCodec
@@ -34,6 +35,14 @@ def call_of(step: Any, *args: Any, **fields: Any) -> StepCall:
         "executor": definition.executor,
     }
     return StepCall(**{**values, **fields})
+
+
+def each(records: Iterable[Event]) -> list[AttemptFailed]:
+    """Failed attempts one by one, those recorded together taken apart."""
+    found: list[AttemptFailed] = []
+    for one in records:
+        found += one.each() if isinstance(one, AttemptsFailed) else [one] if isinstance(one, AttemptFailed) else []
+    return found
 
 
 class Execution:

@@ -19,7 +19,7 @@ from pyworkflow_ray.execution.worker import execute_call, execute_call_async
 from pyworkflow_ray.execution.worker_loop import worker_loop
 from pyworkflow_ray.ids import idempotency_key
 from pyworkflow_ray.resilience.breaker import BreakerSettings
-from tests.unit.execution.calls import CODEC, Execution, call_of, error_of, execute
+from tests.unit.execution.calls import CODEC, Execution, call_of, each, error_of, execute
 
 
 def test_a_value_comes_back() -> None:
@@ -42,8 +42,8 @@ def test_case_9_attempts_are_reported_and_carried_by_the_outcome() -> None:
     execution = Execution()
     outcome = execution.run(fails)
     assert [type(event) for event in execution.reported] == [StepStarted, AttemptFailed] * 3
-    assert [record.attempt for record in outcome.attempts] == [1, 2, 3]
-    first = outcome.attempts[0]
+    assert [record.attempt for record in each(outcome.attempts)] == [1, 2, 3]
+    first = each(outcome.attempts)[0]
     assert (first.delay_s, first.delay_reason, first.worker, first.node) == (0.0, "fixed", "worker-1", "node-1")
     assert (first.error.kind, first.error.type, first.error.message) == ("transient", "ConnectionError", "refused")
     assert first.error.where is not None
@@ -62,7 +62,7 @@ def test_starts_that_nobody_keeps_are_not_reported() -> None:
     execution = Execution()
     outcome = execution.run(fails, starts=False)
     assert [type(event) for event in execution.reported] == [AttemptFailed] * 3
-    assert [record.attempt for record in outcome.attempts] == [1, 2, 3]
+    assert [record.attempt for record in each(outcome.attempts)] == [1, 2, 3]
 
 
 def test_records_that_the_owner_has_are_left_out() -> None:
@@ -177,7 +177,7 @@ def test_the_breaker_sees_every_attempt_and_its_refusal_ends_the_step() -> None:
     assert len(calls) == 3
     assert (outcome.why, outcome.breaker) == ("refused", "open")
     assert isinstance(error_of(outcome), pw.CircuitOpenError)
-    assert [record.breaker for record in outcome.attempts] == ["closed", "closed", "closed", "open"]
+    assert [record.breaker for record in each(outcome.attempts)] == ["closed", "closed", "closed", "open"]
     assert outcome.breaker_generation == guard.generation > 0
 
 
