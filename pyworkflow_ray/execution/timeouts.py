@@ -107,7 +107,7 @@ def on_main_thread() -> bool:
 
 
 # Without the enum that the wrapper tries to make of every handler, at ten times the cost.
-_handler_of: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_handler_of: Callable[[int], Any] = getattr(sys.modules.get("_signal"), "getsignal", signal.getsignal)
 
 # The one timer of the process -------------------------------------------------------------------------------------
 

@@ -115,7 +115,8 @@ def run_call(
 class _Watch:
     """One thread a worker process: streams attempts to the run actor and asks it whether the step shall stop.
 
-    A call that is over within 50 ms costs no message of its own. `begin` and `end` are called by the main thread.
+    A call that is over within 50 ms costs no message of its own, and does not wake the thread either while it is up
+    for one of the calls just before. `begin` and `end` are called by the main thread.
     """
 
     def __init__(self) -> None:
@@ -126,6 +127,7 @@ class _Watch:
         self._interrupt: Interrupt | None = None
         self._records: Records | None = None
         self._next_look = 0.0
+        self._asleep = False  # until it is notified
         self._thread = threading.Thread(target=self._loop, name="pyworkflow-ray-watch", daemon=True)
         self._thread.start()
 
@@ -134,7 +136,8 @@ class _Watch:
             self._call, self._line, self._host_id, self._interrupt = call, line, host_id, interrupt
             self._records = None
             self._next_look = time.monotonic() + FAST_S
-            self._wake.notify()
+            if self._asleep:
+                self._wake.notify()
 
     def hold(self, records: Records) -> None:
         """The records of the call that has begun."""
@@ -144,11 +147,16 @@ class _Watch:
         with self._wake:
             self._call = self._line = self._interrupt = self._records = None
 
+    def _has_call(self) -> bool:
+        return self._call is not None
+
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while self._call is None:
-                    self._wake.wait()
+                if self._call is None and not self._wake.wait_for(self._has_call, FAST_S):
+                    self._asleep = True
+                    self._wake.wait_for(self._has_call)
+                    self._asleep = False
                 wait = self._next_look - time.monotonic()
                 if wait > 0:
                     self._wake.wait(wait)
