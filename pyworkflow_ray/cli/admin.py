@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,7 @@ from pyworkflow_ray.cli import options as opt
 from pyworkflow_ray.cli.main import CommandGroup
 from pyworkflow_ray.cli.reading import named
 from pyworkflow_ray.cli.screen import Screen, error_line, to_json
-from pyworkflow_ray.engine import events as ev
-from pyworkflow_ray.errors import RunNotFoundError, StorageError
+from pyworkflow_ray.errors import StorageError
 from pyworkflow_ray.observability.words import size_text
 
 if TYPE_CHECKING:
@@ -60,21 +58,63 @@ def storage() -> None:
     """Look after the storage."""
 
 
+class Retention(click.ParamType[tuple[str, float]]):
+    """STATUS=AGE, such as completed=30d."""
+
+    name = "status=age"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        status, equals, age = str(value).partition("=")
+        if not equals or status not in ("completed", "failed", "cancelled"):
+            self.fail(f"{value!r} is not completed=AGE, failed=AGE or cancelled=AGE", param, ctx)
+        return status, opt.DURATION.convert(age, param, ctx)
+
+
 @storage.command()
+@click.option("--older-than", type=opt.DURATION, default=0.0, help="Only runs that ended so long ago.")
+@click.option("--above", type=click.IntRange(0), metavar="BYTES", help="Younger ones too, if all take more than this.")
+@click.option("--failed-after", type=opt.DURATION, help="Failed runs too, after so long; they can't be resumed then.")
+@click.option("--retain", type=Retention(), multiple=True, help="Forget runs so long after their end, by status.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @opt.json_option
 @opt.storage_option
-def compact(as_json: bool, storage_path: Path | None) -> int:
-    """Move finished runs into Parquet. Live runs never wait for it; failed ones stay, for resume goes on there."""
-    from pyworkflow_ray.storage.checkpoint import compact as move
+def compact(
+    older_than: float,
+    above: int | None,
+    failed_after: float | None,
+    retain: tuple[tuple[str, float], ...],
+    dry_run: bool,
+    as_json: bool,
+    storage_path: Path | None,
+) -> int:
+    """Move runs that ended, and long histories of live ones, into Parquet. No live run waits for it.
 
-    done, screen = move(_open(storage_path)), Screen()
+    Failed runs stay, for resume goes on there, unless --failed-after or --retain says otherwise.
+
+    Example: pyworkflow-ray storage compact --older-than 1h --retain completed=90d --retain failed=1y
+    """
+    from pyworkflow_ray.storage.compact import Rules
+    from pyworkflow_ray.storage.compact import compact as move
+
+    rules = Rules(older_than_s=older_than, above_bytes=above, failed_after_s=failed_after, retain_s=dict(retain))
+    done, screen = move(_open(storage_path), rules, dry_run=dry_run), Screen()
     if as_json:
         screen.raw(to_json(dataclasses.asdict(done)))
+    elif dry_run:
+        screen.line(
+            f"would move {done.runs} runs, {done.events} events, and closed epochs of {done.live} live runs; "
+            f"would forget {done.dropped} runs; {done.kept} ended runs would stay in their journals"
+        )
     else:
         screen.line(
             f"{done.runs} runs, {done.events} events moved into {done.files} Parquet files ({size_text(done.bytes)}); "
-            f"{done.kept} finished runs stay in their journals"
+            f"{done.kept} ended runs stay in their journals"
         )
+        if done.live or done.merged or done.dropped:
+            screen.line(
+                f"closed epochs of {done.live} live runs moved, {done.merged} batches merged, "
+                f"{done.dropped} runs forgotten"
+            )
     screen.flush()
     for run_id, message in done.damaged:
         error_line(str(named(run_id, StorageError(message))))
@@ -85,65 +125,21 @@ def compact(as_json: bool, storage_path: Path | None) -> int:
 @opt.json_option
 @opt.storage_option
 def verify(as_json: bool, storage_path: Path | None) -> int:
-    """Read every run, checkpoint and payload; exit 1 and name each file that is damaged."""
-    store, screen = _open(storage_path), Screen()
-    found: list[tuple[str | None, Exception]] = []
-    torn, run_ids = [], store.list_run_ids(None)
-    for run_id in run_ids:
-        try:
-            history = store.read_run(run_id)
-            torn += [run_id] if history.torn else []
-            found += [(run_id, damage) for damage in _blob_errors(store, history.events)]
-        except RunNotFoundError as error:
-            found += [(run_id, error)] if run_id in store.list_run_ids(None) else []
-        except (StorageError, ValueError) as error:
-            found.append((run_id, error))
-    found += [(None, damage) for damage in _checkpoint_errors(store)]
+    """Read every journal, checkpoint, payload, lease and index entry; exit 1 and name each file that is damaged."""
+    from pyworkflow_ray.storage.verify import verify as read_all
+
+    report, screen = read_all(_open(storage_path)), Screen()
+    found = report.damaged
     if as_json:
-        damaged = [{"run_id": r, "path": getattr(e, "path", ""), "error": str(e)} for r, e in found]
-        screen.raw(to_json({"runs": len(run_ids), "torn": torn, "damaged": damaged}))
+        damaged = [{"run_id": d.run_id, "path": d.path, "error": d.error} for d in found]
+        screen.raw(to_json({"runs": report.runs, "torn": report.torn, "damaged": damaged}))
     else:
-        screen.line(f"{len(run_ids)} runs read, {len(torn)} with a torn tail, {len(found)} errors")
+        screen.line(f"{report.runs} runs read, {len(report.torn)} with a torn tail, {len(found)} errors")
     screen.flush()
-    for run, damage in found:
-        error_line(str(named(run, damage)) if run is not None else str(damage))
+    for one in found:
+        error = StorageError(one.error, path=one.path)
+        error_line(str(named(one.run_id, error)) if one.run_id is not None else str(error))
     return 1 if found else 0
-
-
-def _blob_errors(store: Storage, events: list[ev.Event]) -> list[Exception]:
-    """What is wrong with the spilled payloads and code snapshots that a run's events name."""
-    errors: list[Exception] = []
-    for digest in sorted(set(_refs([event.model_dump() for event in events]))):
-        try:
-            store.get_blob(digest)
-        except StorageError as error:
-            errors.append(error)
-    return errors
-
-
-def _refs(value: Any) -> Iterator[str]:
-    """Every `ref` of a payload or code reference, at any depth; user data is not looked into."""
-    if isinstance(value, dict):
-        ref = value.get("ref")
-        if isinstance(ref, str) and ("enc" in value or "how" in value):
-            yield ref
-        for name, inner in value.items():
-            if name not in ("data", "attributes", "details"):
-                yield from _refs(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _refs(inner)
-
-
-def _checkpoint_errors(store: Storage) -> list[Exception]:
-    if not (Path(store.root) / "checkpoints").exists():
-        return []
-    from pyworkflow_ray.storage.checkpoint import CompactedRuns
-
-    try:
-        return list(CompactedRuns(store).check())
-    except StorageError as error:
-        return [error]
 
 
 def _open(storage_path: Path | None) -> Storage:

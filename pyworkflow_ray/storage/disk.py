@@ -33,10 +33,12 @@ class Disk:
     def exists(self, path: str) -> bool:
         return os.path.lexists(path)
 
-    def read(self, path: str, limit: int | None = None) -> bytes:
-        """The file's bytes, at most `limit` of them."""
+    def read(self, path: str, limit: int | None = None, start: int = 0) -> bytes:
+        """The file's bytes from `start` on, at most `limit` of them."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            if start:
+                os.lseek(fd, start, os.SEEK_SET)
             size = os.fstat(fd).st_size + 1 if limit is None else limit
             chunks = []
             while size > 0:
@@ -48,6 +50,10 @@ class Disk:
             return b"".join(chunks)
         finally:
             os.close(fd)
+
+    def size(self, path: str) -> int:
+        """Bytes of a file."""
+        return os.stat(path).st_size
 
     # Whole files and names
 

@@ -8,6 +8,8 @@ Called by `journal` and `storage`; calls `record`. Rules:
 * The newest seal that is whole decides: of the epochs it names only the sealed prefix counts, byte for byte, and the
   first of these has the next seal down. Epochs above the newest seal are open: whole records count, a torn tail is
   what a crash left. An epoch without a seal (its owner died before it was written) holds no events.
+* `K.checkpoint` stands for the epochs 0 to K, which closed and whose events lie in a checkpoint (`compact_live`). Their
+  numbers are taken, their files ignored, and the seal above must name what the checkpoint holds.
 * Everything else is damage, and refused: a gap between epochs, a prefix that is shorter than its seal or has another
   hash, a seq that is not dense, a record out of its place.
 """
@@ -18,7 +20,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
@@ -39,6 +41,7 @@ from pyworkflow_ray.storage.record import (
 )
 
 _NAME: Final = re.compile(r"(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?\.journal")
+_MARKER: Final = re.compile(r"(0|[1-9][0-9]*)\.checkpoint")
 
 
 def epoch_name(epoch: int) -> str:
@@ -49,29 +52,44 @@ def fold_name(first: int, last: int) -> str:
     return f"{first}-{last}.journal"
 
 
+def marker_name(last: int) -> str:
+    return f"{last}.checkpoint"
+
+
 @dataclass(slots=True, frozen=True)
 class Layout:
-    """The files of one run, as one listing of its directory shows them."""
+    """The files of one run, as one listing of its directory shows them.
+
+    checkpoint: the epochs up to this one lie in a checkpoint; -1: none do.
+    """
 
     epochs: frozenset[int]
     folds: frozenset[tuple[int, int]]
+    checkpoint: int = -1
 
     @property
     def newest(self) -> int:
         """The highest number ever given that this listing shows; -1 where it shows none."""
-        return max(max(self.epochs, default=-1), max((last for _, last in self.folds), default=-1))
+        last_fold = max((last for _, last in self.folds), default=-1)
+        return max(max(self.epochs, default=-1), last_fold, self.checkpoint)
 
     def overtakes(self, epoch: int) -> bool:
         """Whether another owner stands above `epoch`, or a fold covers it: its appends count no more."""
-        return any(other > epoch for other in self.epochs) or any(last >= epoch for _, last in self.folds)
+        folded = self.checkpoint >= epoch or any(last >= epoch for _, last in self.folds)
+        return folded or any(other > epoch for other in self.epochs)
 
     def plain(self) -> list[int]:
         """Epochs that are read from a file of their own, ascending."""
-        return sorted(epoch for epoch in self.epochs if not any(a <= epoch <= b for a, b in self.folds))
+        return sorted(
+            epoch
+            for epoch in self.epochs
+            if epoch > self.checkpoint and not any(a <= epoch <= b for a, b in self.folds)
+        )
 
     def outer_folds(self) -> list[tuple[int, int]]:
-        """Folds that lie in no other fold, ascending."""
-        return sorted(fold for fold in self.folds if not any(_inside(fold, other) for other in self.folds))
+        """Folds that lie in no other fold and hold more than a checkpoint does, ascending."""
+        folds = [fold for fold in self.folds if fold[1] > self.checkpoint]
+        return sorted(fold for fold in folds if not any(_inside(fold, other) for other in folds))
 
 
 def _inside(fold: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -79,19 +97,30 @@ def _inside(fold: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 def read_names(names: Iterable[str]) -> Layout:
-    epochs, folds = set(), set()
+    epochs, folds, checkpoint = set(), set(), -1
     for name in names:
         match = _NAME.fullmatch(name)
         if match is None:
+            marker = _MARKER.fullmatch(name)
+            checkpoint = max(checkpoint, int(marker[1]) if marker is not None else -1)
             continue
         if match[2] is None:
             epochs.add(int(match[1]))
         elif int(match[1]) < int(match[2]):
             folds.add((int(match[1]), int(match[2])))
-    return Layout(frozenset(epochs), frozenset(folds))
+    return Layout(frozenset(epochs), frozenset(folds), checkpoint)
 
 
 # What counts ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True)
+class Base:
+    """The epochs 0 to `last` of a run, read from a checkpoint: what was sealed of each, and their events as records."""
+
+    last: int
+    parts: tuple[Part, ...]
+    records: tuple[tuple[int, bytes], ...]
 
 
 @dataclass(slots=True)
@@ -101,7 +130,7 @@ class Accepted:
     records: (epoch, body) of each event, in order; seq is the index. newest, lease: the newest epoch and whose it is.
     open_parts: the epochs that no seal covers yet, ascending, up to the newest: what the next owner must seal.
     torn: why the tail was cut, "" where nothing was. prefixes: what counts of each epoch's file. chain: of the newest
-    epoch, after what counts of it.
+    epoch, after what counts of it. sealed: what a whole seal, or a checkpoint, says of each epoch that it covers.
     """
 
     records: list[tuple[int, bytes]] = field(default_factory=list)
@@ -111,6 +140,7 @@ class Accepted:
     lease: str = ""
     torn: str = ""
     chain: int = 0
+    sealed: dict[int, Part] = field(default_factory=dict)
 
     @property
     def settled(self) -> bool:
@@ -132,21 +162,22 @@ class _Epoch:
     events: list[bytes]
 
 
-def assemble(files: Mapping[int, bytes], storage_id: str, run_id: str) -> Accepted:
-    """The one history in `files` (epoch to content, all from 0 to the newest).
+def assemble(files: Mapping[int, bytes], storage_id: str, run_id: str, base: Base | None = None) -> Accepted:
+    """The one history in `files` (epoch to content, all from 0, or the end of `base`, to the newest).
 
     Raises:
         CorruptJournalError: anything that neither a crash nor a stale owner can leave.
         StorageError: written by a newer version.
     """
     newest = max(files, default=-1)
-    missing = [epoch for epoch in range(newest + 1) if epoch not in files]
-    if missing or newest < 0:
-        raise CorruptJournalError(f"run {run_id!r}: epoch {missing[0] if missing else 0} has no file")
+    first = base.last + 1 if base is not None else 0
+    missing = [epoch for epoch in range(first, newest + 1) if epoch not in files]
+    if missing or newest < first:
+        raise CorruptJournalError(f"run {run_id!r}: epoch {missing[0] if missing else first} has no file")
     limits: dict[int, Part] = {}
     epochs: dict[int, _Epoch] = {}
     accepted = Accepted(newest=newest)
-    for number in range(newest, -1, -1):
+    for number in range(newest, first - 1, -1):
         epoch = _decode_epoch(number, files[number], limits.get(number), storage_id, run_id)
         epochs[number] = epoch
         if limits and number not in limits:
@@ -155,9 +186,12 @@ def assemble(files: Mapping[int, bytes], storage_id: str, run_id: str) -> Accept
             _apply_seal(epoch.seal, number, limits, run_id)
         if epoch.decoded.end == "torn" and number not in limits and not accepted.torn:
             accepted.torn = f"epoch {number}: {epoch.decoded.detail}"
+    if base is not None:
+        _put_before(base, accepted, limits, run_id)
     _number_events(accepted, epochs, limits, run_id)
+    accepted.sealed = limits
     accepted.lease, accepted.chain = epochs[newest].lease, epochs[newest].decoded.chain
-    for number in range(newest + 1):
+    for number in range(first, newest + 1):
         prefix = files[number][: epochs[number].decoded.length]
         accepted.prefixes[number] = prefix
         if number not in limits:
@@ -165,6 +199,23 @@ def assemble(files: Mapping[int, bytes], storage_id: str, run_id: str) -> Accept
             digest = hashlib.sha256(prefix).hexdigest()
             accepted.open_parts.append(Part(epoch=number, last_seq=last_seq, length=len(prefix), sha256=digest))
     return accepted
+
+
+def _put_before(base: Base, accepted: Accepted, limits: dict[int, Part], run_id: str) -> None:
+    """Begin with what a checkpoint holds, which must be what the seals above it name."""
+    if base.last not in limits:
+        raise CorruptJournalError(f"run {run_id!r}: no seal covers epoch {base.last}, which lies in a checkpoint")
+    for part in base.parts:
+        if limits.setdefault(part.epoch, part) != part:
+            raise CorruptJournalError(f"run {run_id!r}: the checkpoint of epoch {part.epoch} is not what was sealed")
+    accepted.records.extend(base.records)
+    places = [event_place(body) for _, body in base.records]
+    if (
+        places != [(seq, epoch) for seq, (epoch, _) in enumerate(base.records)]
+        or [part.epoch for part in base.parts] != list(range(base.last + 1))
+        or base.parts[-1].last_seq != accepted.last_seq
+    ):
+        raise CorruptJournalError(f"run {run_id!r}: events are missing from its checkpoint up to epoch {base.last}")
 
 
 def _decode_epoch(number: int, data: bytes, part: Part | None, storage_id: str, run_id: str) -> _Epoch:
@@ -213,10 +264,29 @@ def _number_events(accepted: Accepted, epochs: Mapping[int, _Epoch], limits: Map
             )
 
 
-def parse_events(accepted: Accepted, storage_id: str, run_id: str) -> list[Event]:
-    """The events themselves; raises as `parse_event` does, and where the first is not this run's creation."""
+class Parsed(Protocol):
+    """A history that was parsed before."""
+
+    @property
+    def accepted(self) -> Accepted: ...
+
+    @property
+    def events(self) -> list[Event]: ...
+
+
+def parse_events(accepted: Accepted, storage_id: str, run_id: str, known: Parsed | None = None) -> list[Event]:
+    """The events themselves; raises as `parse_event` does, and where the first is not this run's creation.
+
+    What `accepted` begins with in common with `known` is not parsed again.
+    """
+    records = accepted.records
+    events: list[Event] = []
+    if known is not None:
+        old = known.accepted.records
+        same = len(old) if records[: len(old)] == old else 0
+        events = known.events[:same]
     try:
-        events = [parse_event(body) for _, body in accepted.records]
+        events += [parse_event(body) for _, body in records[len(events) :]]
     except CorruptJournalError as error:
         raise CorruptJournalError(f"run {run_id!r}: {error}") from None
     except StorageError as error:
@@ -302,7 +372,7 @@ def fold_plan(layout: Layout, mine: int, limit: int) -> list[tuple[int, int]]:
     """
     plan = []
     closed = [epoch for epoch in layout.plain() if epoch < mine]
-    folds = layout.outer_folds()
+    folds = [fold for fold in layout.outer_folds() if fold[0] > layout.checkpoint]
     if len(closed) > limit and closed[-1] - closed[0] + 1 == len(closed):
         plan.append((closed[0], closed[-1]))
         folds = [*folds, plan[0]]

@@ -25,6 +25,7 @@ from pyworkflow_ray.failpoints import failpoint
 from pyworkflow_ray.storage.disk import Disk
 from pyworkflow_ray.storage.epochs import (
     Accepted,
+    Base,
     Layout,
     Standing,
     assemble,
@@ -33,6 +34,7 @@ from pyworkflow_ray.storage.epochs import (
     epoch_name,
     fold_name,
     fold_plan,
+    marker_name,
     parse_events,
     read_names,
     standing,
@@ -50,6 +52,7 @@ from pyworkflow_ray.storage.record import (
 logger = logging.getLogger(__name__)
 
 FOLD_LIMIT: Final = 64
+RETIRED: Final = "compacted"  # the lease under which a compaction takes a run that has ended, for good
 _READ_TRIES: Final = 100
 
 
@@ -78,6 +81,13 @@ class View:
     files: dict[int, bytes]
     accepted: Accepted
     events: list[Event]
+    marker: bytes = b""  # of the epochs in a checkpoint, and those
+    base: Base | None = None
+
+    @property
+    def retired(self) -> bool:
+        """Whether a compaction has taken the run, which has ended: it never goes on."""
+        return self.accepted.lease == RETIRED and self.standing.finished
 
     @property
     def standing(self) -> Standing:
@@ -105,6 +115,7 @@ def read_view(place: Place, known: View | None = None) -> View:
         layout = place.layout()
         try:
             files = _read_files(place, layout)
+            marker, base = _read_base(place, layout, known)
             # An epoch begun after this second look reads all that we read, so nothing of it can vanish again.
             if place.layout().newest != layout.newest:
                 continue
@@ -112,11 +123,12 @@ def read_view(place: Place, known: View | None = None) -> View:
             continue  # folded away between listing and reading: list again
         except OSError as error:
             raise disk_error("reading", place.directory, error) from error
-        if known is not None and files == known.files:
-            return View(layout, files, known.accepted, known.events)
+        if known is not None and files == known.files and marker == known.marker:
+            return View(layout, files, known.accepted, known.events, marker, base)
         try:
-            accepted = assemble(files, place.storage_id, place.run_id)
-            return View(layout, files, accepted, parse_events(accepted, place.storage_id, place.run_id))
+            accepted = assemble(files, place.storage_id, place.run_id, base)
+            events = parse_events(accepted, place.storage_id, place.run_id, known)
+            return View(layout, files, accepted, events, marker, base)
         except CorruptJournalError as error:
             if files == suspect:
                 raise CorruptJournalError(f"{place.directory}: {error}", path=place.directory) from None
@@ -135,6 +147,18 @@ def _read_files(place: Place, layout: Layout) -> dict[int, bytes]:
     for epoch in layout.plain():
         files[epoch] = place.disk.read(place.path(epoch))
     return files
+
+
+def _read_base(place: Place, layout: Layout, known: View | None) -> tuple[bytes, Base | None]:
+    """The marker of the epochs that lie in a checkpoint, and those."""
+    if layout.checkpoint < 0:
+        return b"", None
+    marker = place.disk.read(f"{place.directory}/{marker_name(layout.checkpoint)}")
+    if known is not None and known.marker == marker:
+        return marker, known.base
+    from pyworkflow_ray.storage.compact_live import read_base  # loads pyarrow, which few runs need
+
+    return marker, read_base(place, layout.checkpoint, marker)
 
 
 def first_file(storage_id: str, event: RunCreated, lease: str) -> bytes:
@@ -301,6 +325,10 @@ def take_over(
 ) -> tuple[Journal, View]:
     """Begin the next epoch (or exactly `after` + 1); see `Storage.activate`."""
     before = read_view(place)  # damage is found before anything is written
+    if before.retired:
+        raise FencedError(
+            f"run {place.run_id!r} has ended and was taken for its checkpoint: it can't go on", path=place.directory
+        )
     if after is not None and before.layout.newest != after:
         raise FencedError(
             f"run {place.run_id!r}: its newest epoch is {before.layout.newest}, not {after}: another owner has it",
@@ -375,6 +403,31 @@ def _lost(place: Place, mine: int) -> FencedError:
     return FencedError(f"run {place.run_id!r}: another owner was faster than epoch {mine}", path=place.path(mine))
 
 
+def make_final(place: Place) -> View | None:
+    """Take a run that has ended, so that nobody continues it, and its history as the disk holds it; for a compaction.
+
+    None where it goes on after all. Done again after a crash it goes on where it was.
+
+    Raises:
+        FencedError: somebody was faster, to resume it. StorageError, CorruptJournalError: as `read_view`.
+        OSError: the disk refused.
+    """
+    before = read_view(place)
+    if not before.standing.finished:
+        return None
+    mine = before.layout.newest
+    if before.accepted.lease != RETIRED:
+        if not before.accepted.settled:
+            journal, view = take_over(place, RETIRED, lambda _: None, after=mine)
+            journal.close()
+            return view if view.standing.finished else None
+        mine += 1
+        _claim(place, mine, RETIRED)
+    # What the epoch before holds counts by no seal of ours: nobody will write to it, and it is safe.
+    view = _settle_earlier(place, before, mine)
+    return view if view.standing.finished else None
+
+
 # Folding ----------------------------------------------------------------------------------------------------------
 
 
@@ -410,4 +463,5 @@ def fold(place: Place, view: View, mine: int, limit: int = FOLD_LIMIT) -> None:
             [epoch_name(epoch) for epoch in layout.epochs if not first <= epoch <= last]
             + [fold_name(*other) for other in layout.folds if not (first <= other[0] and other[1] <= last)]
             + [fold_name(first, last)]
+            + ([marker_name(layout.checkpoint)] if layout.checkpoint >= 0 else [])
         )

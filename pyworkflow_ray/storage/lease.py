@@ -29,7 +29,7 @@ from typing import Final
 from pyworkflow_ray.errors import CorruptJournalError, FencedError, PyWorkflowError, StorageError
 from pyworkflow_ray.ids import new_id
 from pyworkflow_ray.storage.checked import decode_checked, encode_checked
-from pyworkflow_ray.storage.journal import disk_error
+from pyworkflow_ray.storage.journal import RETIRED, disk_error
 from pyworkflow_ray.storage.storage import Storage
 
 _NAME: Final = re.compile(r"([0-9a-f]{32})\.(lease|dead)")
@@ -284,7 +284,7 @@ def orphans(storage: Storage, *, states: LeaseStates | None = None, run_ids: Ite
     for run_id in storage.unfinished() if run_ids is None else run_ids:
         try:
             owner = storage.owner(run_id)
-            if owner.lease and owner.lease not in states.dead:
+            if owner.lease not in ("", RETIRED) and owner.lease not in states.dead:
                 result.held[run_id] = owner.lease
             elif not storage.unlist_finished(run_id):
                 result.runs.append(Orphan(run_id, owner.epoch, owner.lease))

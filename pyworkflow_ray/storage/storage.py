@@ -8,6 +8,7 @@ a crash between any two calls, other processes doing the same, a full disk, dama
     runs/HH/RUN/EPOCH.journal        a directory a run, for its whole life (HH: two digits of the id's SHA-256)
     blobs/HH/SHA256                  content-addressed bytes: code snapshots, large payloads
     leases/                          see `lease`
+    checkpoints/                     compacted runs, see `checkpoint`
     tmp/                             files and directories that have no name yet
 
 A run's directory appears at once with its whole first file (rename of a directory), so its name alone decides that an
@@ -17,6 +18,7 @@ id is taken: creation can't race with a run that finishes, for finishing moves n
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -34,7 +36,9 @@ from pyworkflow_ray.errors import (
 )
 from pyworkflow_ray.failpoints import failpoint
 from pyworkflow_ray.ids import check_run_id
-from pyworkflow_ray.storage.checked import decode_checked, encode_checked
+from pyworkflow_ray.storage.checked import decode_checked
+from pyworkflow_ray.storage.checkpoint_files import DiskFiles
+from pyworkflow_ray.storage.checkpoint_ids import Checkpoints
 from pyworkflow_ray.storage.directory import DIRECTORIES, STORAGE_FILE, ensure_directory, listing, make_storage
 from pyworkflow_ray.storage.disk import DISK, Disk
 from pyworkflow_ray.storage.epochs import epoch_name
@@ -56,7 +60,6 @@ from pyworkflow_ray.storage.record import FORMAT_VERSION, chain_start, decode_re
 
 logger = logging.getLogger(__name__)
 
-_RETIRED: Final = "retired.json"
 _HEAD_BYTES: Final = 4096  # more than any head takes
 
 
@@ -93,7 +96,8 @@ class Storage:
     """An open storage directory. Cheap to open, holds no descriptor and no lock, safe to use from any thread.
 
     Attributes:
-        root: absolute path. storage_id: 32 hexadecimal digits, for the life of the directory.
+        root: absolute path. storage_id: 32 hexadecimal digits, for the life of the directory. checkpoints: which runs
+            are compacted.
     """
 
     def __init__(self, root: str, storage_id: str, disk: Disk = DISK, fold_limit: int = FOLD_LIMIT) -> None:
@@ -103,6 +107,7 @@ class Storage:
         self._fold_limit = fold_limit
         self._index = ActiveIndex(disk, f"{root}/active")
         self._known_blobs: set[str] = set()
+        self.checkpoints: Final = Checkpoints(DiskFiles(disk, f"{root}/checkpoints", f"{root}/tmp"), storage_id)
         self._compacted: object = None  # a CompactedRuns, once one is needed
 
     @classmethod
@@ -182,12 +187,19 @@ class Storage:
         fresh: dict[str, bytes] = {}
         chosen = [False] * len(events)
         for number, event in enumerate(events):
-            if event.run_id not in fresh and not self.disk.exists(self._directory(event.run_id)):
+            taken = event.run_id in fresh or self.disk.exists(self._directory(event.run_id))
+            if not taken and not self._is_compacted(event.run_id):
                 fresh[event.run_id] = first_file(self.storage_id, event, lease)
                 chosen[number] = True
         try:
             self.ensure_directories()
             made = self._publish(fresh)
+            # Again: a compaction may have removed the directory between our first look and our rename.
+            beside = {run_id for run_id in made if self._is_compacted(run_id)}
+            for run_id in beside:
+                self._discard(self._directory(run_id))
+                self._index.remove(run_id, 0)
+            made -= beside
             # A taken id is an answer too: what its maker has not synced yet must not vanish after we gave it.
             for shard in sorted({os.path.dirname(self._directory(event.run_id)) for event in events}):
                 self.disk.sync_dir(shard)
@@ -247,13 +259,15 @@ class Storage:
             CorruptJournalError: a file of it is damaged; `.path` names its directory.
             StorageError: it can't be read, or a newer version wrote it.
         """
-        if self.is_retired(run_id):
-            return self._read_compacted(run_id)
+        found = self._read_compacted(run_id)
+        if found is not None:
+            return found
         try:
             view = self._view(run_id)
-        except RunNotFoundError:
-            if self.is_retired(run_id):  # meanwhile
-                return self._read_compacted(run_id)
+        except (RunNotFoundError, CorruptJournalError):
+            found = self._read_compacted(run_id)  # it was compacted meanwhile, and its files removed one by one
+            if found is not None:
+                return found
             raise
         accepted = view.accepted
         if accepted.torn:
@@ -271,21 +285,29 @@ class Storage:
         )
 
     def is_retired(self, run_id: str) -> bool:
-        """Whether the run's journal has made way for a checkpoint. What is left of it no longer counts."""
-        return self.disk.exists(f"{self._directory(run_id)}/{_RETIRED}")
+        """Whether the run's journal has made way for a checkpoint. What is left of it no longer counts.
 
-    def _read_compacted(self, run_id: str) -> RunHistory:
-        from pyworkflow_ray.storage.checkpoint import CompactedRuns  # loads pyarrow, which workers never need
+        Told from 48 bits of the id's hash: False is certain.
+        """
+        return bool(self.checkpoints.dates(check_run_id(run_id)))
 
-        if not isinstance(self._compacted, CompactedRuns) or not self._compacted.current():
-            self._compacted = CompactedRuns(self)
-        try:
-            return self._compacted.read(run_id)
-        except RunNotFoundError:
-            path = f"{self.root}/checkpoints"
-            raise CorruptJournalError(
-                f"run {run_id!r} was compacted, and no manifest in {path} holds it: restore it", path=path
-            ) from None
+    def _is_compacted(self, run_id: str) -> bool:
+        return self._read_compacted(run_id) is not None
+
+    def _read_compacted(self, run_id: str) -> RunHistory | None:
+        if not self.is_retired(run_id):
+            return None
+        from pyworkflow_ray.storage.checkpoint import CheckpointChanged, CompactedRuns  # loads pyarrow: seldom needed
+
+        while True:
+            if not isinstance(self._compacted, CompactedRuns) or not self._compacted.current():
+                self._compacted = CompactedRuns(self)
+            try:
+                return self._compacted.read(run_id)
+            except RunNotFoundError:
+                return None  # two ids look alike, or retention took it
+            except CheckpointChanged:
+                self._compacted = None
 
     def _view(self, run_id: str) -> View:
         with self._finding(run_id) as place:
@@ -293,19 +315,17 @@ class Storage:
 
     @contextlib.contextmanager
     def _finding(self, run_id: str) -> Iterator[Place]:
-        """The run's place; RunNotFoundError where there is no run, or only the tombstone of one."""
-        place = self._place(run_id)
+        """The run's place; RunNotFoundError where there is no run."""
+        place = self.place(run_id)
         try:
             yield place
-        except (FileNotFoundError, CorruptJournalError) as error:
-            if isinstance(error, CorruptJournalError) and not self.disk.exists(f"{place.directory}/{_RETIRED}"):
-                raise
+        except FileNotFoundError:
             raise RunNotFoundError(f"no run {run_id!r} in {self.root}", run_id=run_id) from None
 
     def owner(self, run_id: str) -> Owner:
         """Who holds the run, from the head of its newest file alone."""
-        with self._finding(run_id) as place:
-            newest = place.layout().newest
+        with contextlib.suppress(RunNotFoundError), self._finding(run_id) as place:
+            newest = -1 if self.is_retired(run_id) else place.layout().newest
             with contextlib.suppress(FileNotFoundError):
                 data = self.disk.read(place.path(newest), _HEAD_BYTES)
                 bodies = decode_records(data, chain_start(self.storage_id, run_id, newest)).bodies
@@ -322,22 +342,38 @@ class Storage:
         """
         if finished is False:
             return self.unfinished()
-        ids: set[str] = set()
-        try:
-            for shard in listing(self.disk, f"{self.root}/runs"):
-                ids.update(filter(_is_run_id, listing(self.disk, f"{self.root}/runs/{shard}")))
-        except OSError as error:
-            raise disk_error("listing", self.root, error) from error
+        ids = set(self.run_directories())
         if finished is True:
             ids -= set(self.unfinished())
-        return sorted(ids)
+        return sorted(ids.union(self._compacted_ids()))
+
+    def run_directories(self) -> list[str]:
+        """Ids of the runs that have a directory here, sorted: all but the compacted ones, and what is left of those."""
+        try:
+            shards = listing(self.disk, f"{self.root}/runs")
+            names = {name for shard in shards for name in listing(self.disk, f"{self.root}/runs/{shard}")}
+        except OSError as error:
+            raise disk_error("listing", self.root, error) from error
+        return sorted(filter(_is_run_id, names))
+
+    def _compacted_ids(self) -> Iterable[str]:
+        if not self.checkpoints.manifest().batches:
+            return ()
+        from pyworkflow_ray.storage.checkpoint import with_compacted
+
+        return with_compacted(self, lambda compacted: compacted.ids()).keys()
 
     def unfinished(self) -> list[str]:
         """Ids of the runs in the index that exist, sorted."""
         try:
-            return sorted(run_id for run_id in self._index.run_ids() if self.disk.exists(self._directory(run_id)))
+            exist = [run_id for run_id in self._index.run_ids() if self.disk.exists(self._directory(run_id))]
+            return sorted(run_id for run_id in exist if not self._is_compacted(run_id))
         except OSError as error:
             raise disk_error("listing", self.root, error) from error
+
+    def unfinished_entries(self) -> set[str]:
+        """Ids that the index names, whether they exist or not."""
+        return self._index.run_ids()
 
     # Owning runs
 
@@ -362,6 +398,8 @@ class Storage:
         def on_finish(epoch: int) -> None:
             self._unlist(run_id, {entry for entry in entries if entry <= epoch})
 
+        if not first and self._is_compacted(run_id):
+            raise RunNotFoundError(f"run {run_id!r} has ended and was compacted: it can't go on", run_id=run_id)
         with self._finding(run_id) as place:
             if first:
                 return continue_first(place, lease, on_finish)
@@ -395,41 +433,29 @@ class Storage:
             raise disk_error("unlisting the run in", f"{self.root}/active", error) from error
 
     def retire_run(self, run_id: str) -> None:
-        """Remove the journal of a finished run that a checkpoint holds durably. Its id stays taken.
-
-        Once the tombstone stands the journal no longer counts, so that a crash among the removals leaves no shorter
-        history; calling this again goes on with them.
+        """Remove what is left here of a run that the checkpoints hold durably; in any order, for it does not count.
 
         Raises:
-            StorageError: the run has not ended.
+            StorageError: no checkpoint holds the run, or the disk refused.
         """
         directory = self._directory(run_id)
-        try:
-            if not self.is_retired(run_id):
-                self._bury(run_id)
-            failpoint("retire.before_unlink")
-            for name in self.disk.listdir(directory):
-                if name.endswith(".journal"):
-                    self.disk.unlink(f"{directory}/{name}")
-                    failpoint("retire.after_unlink")
-        except OSError as error:
-            raise disk_error("retiring", directory, error) from error
+        if not self._is_compacted(run_id):
+            raise StorageError(f"no checkpoint holds run {run_id!r}: its journal can't be retired", path=directory)
+        self.remove_directory(run_id)
 
-    def _bury(self, run_id: str) -> None:
-        view, place = self._view(run_id), self._place(run_id)
-        if not view.standing.finished:
-            raise StorageError(f"run {run_id!r} has not ended: its journal can't be retired", path=place.directory)
-        created = view.events[0]
-        assert isinstance(created, RunCreated)
-        self.unlist_finished(run_id)
-        temporary = f"{place.temporary}/{self.disk.token()}"
-        tombstone = encode_checked(f"runs/{run_id}", {"run_id": run_id, "run_uid": created.run_uid})
-        self.disk.write_file(temporary, tombstone)
-        failpoint("retire.before_link")
-        with contextlib.suppress(FileExistsError):
-            self.disk.link(temporary, f"{place.directory}/{_RETIRED}")
-        self.disk.unlink(temporary)
-        self.disk.sync_dir(place.directory)
+    def remove_directory(self, run_id: str) -> None:
+        """Remove a run's directory, whose content no longer counts. Not durable by itself."""
+        directory = self._directory(run_id)
+        try:
+            failpoint("retire.before_unlink")
+            for name in listing(self.disk, directory):
+                self.disk.unlink(f"{directory}/{name}")
+                failpoint("retire.after_unlink")
+            with contextlib.suppress(FileNotFoundError):
+                self.disk.rmdir(directory)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # somebody makes a run beside it: whoever looks again finds it
+                raise disk_error("retiring", directory, error) from error
 
     # Blobs
 
@@ -479,7 +505,8 @@ class Storage:
         check_run_id(run_id)
         return f"{self.root}/runs/{hashlib.sha256(run_id.encode()).hexdigest()[:2]}/{run_id}"
 
-    def _place(self, run_id: str) -> Place:
+    def place(self, run_id: str) -> Place:
+        """Where the run's journal lies."""
         return Place(self.disk, self._directory(run_id), f"{self.root}/tmp", self.storage_id, run_id)
 
 
