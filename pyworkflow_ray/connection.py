@@ -46,7 +46,8 @@ def init(storage: str | os.PathLike[str] | None = None, address: str | None = No
     Args:
         storage: Directory of the runs; None: `PYWORKFLOW_STORAGE`, else `~/.pyworkflow-ray`.
         address: As in Ray; None: `RAY_ADDRESS`, a running local cluster, else a new local one.
-        settings: log_level, allow_pickle, pool_min, pool_max, worker_wait_max.
+        settings: log_level, allow_pickle, pool_min, pool_max, worker_wait_max, compact_after, compact_above,
+            compact_failed_after, retain.
 
     Raises:
         ConfigurationError: a setting is wrong, the address is no cluster's, or others are in force: `shutdown()` first.
@@ -98,6 +99,10 @@ def _connect(ray_options: dict[str, Any] | None = None) -> Client:
         pool_max=_settings.pool_max,
         worker_wait_max_s=_settings.worker_wait_max,
         log_level=_settings.log_level,
+        compact_after_s=_settings.compact_after,
+        compact_above_bytes=_settings.compact_above,
+        compact_failed_after_s=_settings.compact_failed_after,
+        retain=_settings.retain,
         ray_options=ray_options,
     )
     if client.owns_ray:

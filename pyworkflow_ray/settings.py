@@ -7,17 +7,19 @@ that can't be read as its setting; the error names the variable.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pyworkflow_ray.durations import parse_duration
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.options import nearest, shown
 
 PREFIX = "PYWORKFLOW_"
+RETAINED = ("completed", "failed", "cancelled")
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
@@ -35,6 +37,24 @@ class Settings(BaseSettings):
         default=1.0, ge=0, description="Longest wait that a worker sleeps itself, in seconds"
     )
 
+    compact_after: float = Field(
+        default=3600.0,
+        ge=0,
+        description="Ended runs move to Parquet so long after their end, in seconds; 0: only by `storage compact`",
+    )
+    compact_above: int = Field(
+        default=256 * 2**20, ge=0, description="Younger ones too, once the journals of ended runs take more bytes"
+    )
+    compact_failed_after: float | None = Field(
+        default=None,
+        ge=0,
+        description="Failed runs too, so long after their end; they can't be resumed then. None: never",
+    )
+    retain: Annotated[dict[str, float], NoDecode] = Field(
+        default_factory=dict,
+        description="How long runs are kept after their end, by status: completed=30d,failed=90d. Others: for ever",
+    )
+
     @field_validator("storage", mode="after")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
@@ -45,9 +65,23 @@ class Settings(BaseSettings):
     def _upper(cls, value: Any) -> Any:
         return value.upper() if isinstance(value, str) else value
 
-    @field_validator("worker_wait_max", mode="before")
+    @field_validator("retain", mode="before")
+    @classmethod
+    def _retention(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
+        if not isinstance(value, Mapping):
+            raise ValueError("give a mapping of statuses to durations, or text such as completed=30d,failed=90d")
+        for status in value:
+            if status not in RETAINED:
+                raise ValueError(f"no runs end as {status!r}.{nearest(str(status), RETAINED)} {', '.join(RETAINED)} do")
+        return {status: parse_duration(age) for status, age in value.items()}
+
+    @field_validator("worker_wait_max", "compact_after", "compact_failed_after", mode="before")
     @classmethod
     def _seconds(cls, value: Any) -> Any:
+        if value is None:
+            return None
         if isinstance(value, str):
             try:
                 return float(value)  # an environment variable is always text

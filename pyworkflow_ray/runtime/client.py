@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,10 @@ def connect(
     pool_max: int | None = None,
     worker_wait_max_s: float = 1.0,
     log_level: str = "INFO",
+    compact_after_s: float = 3600.0,
+    compact_above_bytes: int = 256 * 2**20,
+    compact_failed_after_s: float | None = None,
+    retain: Mapping[str, float] | None = None,
     ray_options: dict[str, Any] | None = None,
 ) -> Client:
     """The client of this process, made at the first call: Ray found or started, controller and anchor found or made."""
@@ -207,6 +212,10 @@ def connect(
             worker_wait_max_s=worker_wait_max_s,
             log_level=log_level,
             embedded=owns_ray,
+            compact_after_s=compact_after_s,
+            compact_above_bytes=compact_above_bytes,
+            compact_failed_after_s=compact_failed_after_s,
+            retain=tuple(sorted((retain or {}).items())),
         )
         _current = Client(opened, config, capture_environment(_runtime_env()), owns_ray=owns_ray)
         return _current

@@ -18,21 +18,24 @@ import logging
 import os
 import threading
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import ray
 
 from pyworkflow_ray.engine.events import CodeEnvironment, RunCreated
-from pyworkflow_ray.errors import FencedError, RunExistsError, StorageError
+from pyworkflow_ray.errors import FencedError, RunExistsError, RunNotFoundError, StorageError
 from pyworkflow_ray.runtime import rebuild, taking
-from pyworkflow_ray.runtime.dispatcher import Dispatcher, Known
+from pyworkflow_ray.runtime.dispatcher import KEPT_NEWS, Dispatcher, Known
 from pyworkflow_ray.runtime.messages import Assignment, Cursor, News, RunReport, RuntimeConfig, Submitted
 from pyworkflow_ray.runtime.submission import difference
+from pyworkflow_ray.runtime.upkeep import Upkeep
 from pyworkflow_ray.storage.lease import Lease
 
 log = logging.getLogger("pyworkflow_ray.controller")
 
 _GATHERED = 64  # news that are worth a message at once
+ENDS = frozenset({"completed", "failed", "cancelled"})
 GROUPS = {"submit": 4, "watch": 16, "control": 4}
 
 
@@ -41,6 +44,8 @@ class Controller(Dispatcher):
 
     def __init__(self, config: RuntimeConfig, lease_id: str, environment: CodeEnvironment, cpus: int) -> None:
         super().__init__(config, cpus)
+        self.upkeep = Upkeep(config)
+        self._told_at: OrderedDict[str, int] = OrderedDict()  # of ends among the news: which of them
         with warnings.catch_warnings():  # Ray's own call to a name it has deprecated
             warnings.simplefilter("ignore")
             self.rebuilt = not ray.get_runtime_context().was_current_actor_reconstructed
@@ -90,6 +95,7 @@ class Controller(Dispatcher):
                 self.changed.wait_for(lambda pool=pool: pool.held, timeout=60.0)  # type: ignore[misc]
                 if not pool.held:
                     raise StorageError("no anchor holds the lease: is Ray out of resources?", path=self.storage.root)
+        self._forget_removed(events)
         made = self.storage.create_runs(events, lease=lease.id)
         answers = [
             Submitted(event.run_id, "created", event.run_uid) if new else self._existing(event)
@@ -106,6 +112,21 @@ class Controller(Dispatcher):
             for pool in touched.values():
                 self.pump_locked(pool)
         return answers
+
+    def _forget_removed(self, events: list[RunCreated]) -> None:
+        """What is still told of an older run of an id, which retention removed, must not be taken for the new one."""
+        for event in events:
+            if event.run_id in self._told_at:
+                try:
+                    self.storage.owner(event.run_id)
+                except RunNotFoundError:
+                    with self.lock:
+                        at = self._told_at.pop(event.run_id, self.told) - self.told - 1
+                        if -len(self.news) <= at < 0:
+                            self.news[at] = (event.run_id, "forgotten")
+                        self.results.pop(event.run_id, None)
+                except StorageError as error:
+                    log.debug("run %s: %s", event.run_id, error)  # creating it says what is wrong
 
     def _existing(self, event: RunCreated) -> Submitted:
         try:
@@ -219,6 +240,14 @@ class Controller(Dispatcher):
             except Exception:
                 done = False
         return done
+
+    def tell_locked(self, run_id: str, what: str) -> None:
+        super().tell_locked(run_id, what)
+        if what in ENDS:
+            self.upkeep.ended()
+            self._told_at[run_id] = self.told
+            if len(self._told_at) > KEPT_NEWS:
+                self._told_at.popitem(last=False)
 
     # Called by run actors ---------------------------------------------------------------------------------------
 

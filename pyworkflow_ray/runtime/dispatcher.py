@@ -37,7 +37,7 @@ from pyworkflow_ray.storage.lease import Lease
 
 log = logging.getLogger("pyworkflow_ray.controller")
 
-_KEPT_NEWS = 100_000
+KEPT_NEWS = 100_000
 _KEPT_RESULTS = 4_000
 _TICK_S = 1.0  # the clock may jump: due times are compared so often
 _START_FAILURES = 4
@@ -76,7 +76,7 @@ class Dispatcher:
         self.lease: Lease | None = None
         self.rebuilt = True
         self.draining = False
-        self.news: deque[tuple[str, str]] = deque(maxlen=_KEPT_NEWS)
+        self.news: deque[tuple[str, str]] = deque(maxlen=KEPT_NEWS)
         self.results: OrderedDict[str, bytes] = OrderedDict()  # of runs that completed lately
         self.told = 0
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
@@ -317,6 +317,7 @@ class Dispatcher:
         match report.what:
             case "finished" | "fenced" | "damaged":
                 self.runs.pop(report.run_id)
+                self.results.pop(report.run_id, None)
                 if report.result is not None:
                     self.results[report.run_id] = report.result
                     if len(self.results) > _KEPT_RESULTS:

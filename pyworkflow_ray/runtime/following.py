@@ -90,6 +90,7 @@ class Follower:
         """These runs are about to be submitted. Returns what `submitted` and `withdraw` want to know."""
         with self._lock:
             for run_id in run_ids:
+                self._results.pop(run_id, None)  # of an older run of this id, which retention removed since
                 self._runs.setdefault(run_id, _Followed(announced=True))
             self._used_at = time.monotonic()
             unbroken = self._breaks if self._cursor is not None else -1

@@ -32,7 +32,7 @@ class RuntimeConfig:
     """What every process of one storage must agree on; travels to each actor as it is made.
 
     storage: path of the storage. pool_min, pool_max: warm and most run actors of one code environment. lease: id of
-    the lease of this Ray cluster; empty until the controller has one.
+    the lease of this Ray cluster; empty until the controller has one. compact_*, retain: see `upkeep`.
     """
 
     storage: str
@@ -43,6 +43,10 @@ class RuntimeConfig:
     worker_wait_max_s: float = 1.0
     log_level: str = "INFO"
     embedded: bool = True
+    compact_after_s: float = 3600.0
+    compact_above_bytes: int = 256 * 2**20
+    compact_failed_after_s: float | None = None
+    retain: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from pyworkflow_ray.errors import ConfigurationError, FencedError, RunError, Sto
 from pyworkflow_ray.resilience.retry import spread
 from pyworkflow_ray.runtime.active_run import ActiveRun
 from pyworkflow_ray.runtime.messages import Assignment, Cause, RunReport
+from pyworkflow_ray.storage.journal import RETIRED
 from pyworkflow_ray.storage.lease import lease_states, orphans
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def pause(controller: Dispatcher, run_id: str) -> str:
 
 def check_owner(controller: Dispatcher, run_id: str, lease: str) -> None:
     mine = controller.lease.id if controller.lease is not None else ""
-    if not lease or lease == mine or lease in lease_states(controller.storage, declare=True).dead:
+    if lease in ("", RETIRED, mine) or lease in lease_states(controller.storage, declare=True).dead:
         return
     raise RunError(
         f"run {run_id!r} is owned by another Ray that lives (lease {lease[:8]}): ask there, or stop it and recover()",
@@ -142,6 +143,14 @@ def resume(controller: Dispatcher, run_id: str) -> str:
             controller.enqueue_locked(known, Assignment(run_id, cause="resume"))
             return "asked"
     history = controller.storage.read_run(run_id)
+    if isinstance(history.events[-1], RunFailed) and (
+        history.lease == RETIRED or controller.storage.is_retired(run_id)
+    ):
+        raise RunError(
+            f"run {run_id!r} failed and was compacted since (compact_failed_after, retain): it can't go on. Start it "
+            f"anew: pyworkflow-ray runs rerun {run_id}",
+            run_id=run_id,
+        )
     if not history.finished:
         if standing(history.events)[0] != "paused":
             return "nothing"

@@ -85,7 +85,7 @@ class Rules:
 class Compaction:
     """What one call of `compact` did, or would do.
 
-    kept: ended runs that stay in their journals: too young, or failed. live: runs whose closed epochs moved.
+    kept: ended runs that stay in their journals: too young (`young`), or failed. live: runs whose closed epochs moved.
     merged: batches that became parts of larger ones. dropped: runs that retention removed. retired: runs of which an
     earlier compaction had left the directory. damaged: runs that could not be read, with the error.
     """
@@ -95,6 +95,7 @@ class Compaction:
     files: int = 0
     bytes: int = 0
     kept: int = 0
+    young: int = 0
     live: int = 0
     merged: int = 0
     dropped: int = 0
@@ -296,6 +297,7 @@ class _Work:
         end = history.events[-1]
         age_s = self.now - end.at
         taken = self._is_full or age_s >= self.rules.older_than_s or not self.rules.older_than_s
+        self.done.young += not taken
         if not isinstance(end, (RunCompleted, RunCancelled)):
             least = self.rules.takes_failed_after_s()
             taken = isinstance(end, RunFailed) and least is not None and age_s >= least

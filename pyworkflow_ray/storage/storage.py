@@ -208,7 +208,7 @@ class Storage:
         except OSError as error:
             raise disk_error("creating runs in", self.root, error, "Nothing was acknowledged; try again") from error
         for run_id in fresh.keys() - made:  # our entry may have come after the winner's run had ended
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(StorageError, RunNotFoundError):  # or it was compacted meanwhile
                 self.unlist_finished(run_id)
         return [chosen[number] and event.run_id in made for number, event in enumerate(events)]
 

@@ -27,6 +27,10 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "pool_min": 1,
         "pool_max": None,
         "worker_wait_max": 1.0,
+        "compact_after": 3600.0,
+        "compact_above": 256 * 2**20,
+        "compact_failed_after": None,
+        "retain": {},
     }
     assert set(setting_sources().values()) == {"default"}
 
@@ -53,6 +57,10 @@ def test_argument_wins_over_environment_and_each_source_is_told(
         "pool_min": "default",
         "pool_max": "argument",
         "worker_wait_max": "PYWORKFLOW_WORKER_WAIT_MAX",
+        "compact_after": "default",
+        "compact_above": "default",
+        "compact_failed_after": "default",
+        "retain": "default",
     }
 
 
@@ -78,6 +86,11 @@ def test_relative_storage_becomes_absolute(monkeypatch: pytest.MonkeyPatch, tmp_
         ("pool_max", 0),
         ("worker_wait_max", -1),
         ("worker_wait_max", "soon"),
+        ("compact_after", "soon"),
+        ("compact_above", -1),
+        ("retain", "completd=1d"),
+        ("retain", {"completed": -1}),
+        ("retain", ["completed"]),
     ],
 )
 def test_bad_value_is_refused_by_name(name: str, value: Any) -> None:
@@ -99,3 +112,11 @@ def test_bounds_that_contradict_are_refused() -> None:
 def test_unknown_setting_names_the_nearest() -> None:
     with pytest.raises(pw.ConfigurationError, match=r"unknown setting storge=.*Did you mean 'storage'"):
         load_settings(storge="/tmp/x")
+
+
+def test_retention_is_text_or_a_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings(retain={"failed": "90d"}).retain == {"failed": 90 * 86_400.0}
+    monkeypatch.setenv("PYWORKFLOW_RETAIN", "completed=30d, failed=1h")
+    monkeypatch.setenv("PYWORKFLOW_COMPACT_AFTER", "10m")
+    settings = load_settings()
+    assert (settings.retain, settings.compact_after) == ({"completed": 30 * 86_400.0, "failed": 3600.0}, 600.0)

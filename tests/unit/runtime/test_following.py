@@ -164,6 +164,17 @@ def test_a_submission_that_was_refused_leaves_nothing_behind(follower: Follower,
     assert follower.certain("b")
 
 
+def test_a_kept_result_is_never_that_of_a_new_run_of_the_id(follower: Follower, desk: Desk) -> None:
+    desk.polls_without_a_break()
+    submit(follower, "a")
+    future = follower.ended("a")
+    desk.said.put([completed("a")])
+    future.result(SOON_S)
+    submit(follower, "a")  # retention removed the first one meanwhile
+    assert follower.result_of("a") is None
+    assert not follower.ended("a").done()
+
+
 def test_a_future_that_was_forgotten_is_left_alone(follower: Follower, desk: Desk) -> None:
     desk.polls_without_a_break()
     submit(follower, "a")

@@ -12,6 +12,7 @@ from pyworkflow_ray.engine.events import CodeRef, ErrorInfo, RunFailed, RunPause
 from pyworkflow_ray.errors import RunError
 from pyworkflow_ray.runtime import taking
 from pyworkflow_ray.runtime.messages import RunReport
+from pyworkflow_ray.storage.compact import Rules, compact
 from tests.journals import created
 from tests.unit.runtime.test_wake import Owner
 
@@ -63,4 +64,17 @@ def test_a_failed_run_that_was_undone_is_not_resumed(tmp_path: Path) -> None:
     journal.finish()
     owner.dispatcher.runs.clear()
     with pytest.raises(RunError, match=r"its compensations have run.*runs rerun order-42"):
+        taking.resume(owner.dispatcher, "order-42")
+
+
+def test_a_failed_run_that_was_compacted_is_not_resumed_and_the_error_says_so(tmp_path: Path) -> None:
+    owner = Owner(tmp_path)
+    storage = owner.dispatcher.storage
+    storage.create_run(created("order-42", storage.storage_id))
+    journal, _ = storage.activate("order-42", "", first=True)
+    journal.append([RunFailed(seq=1, error=ErrorInfo(kind="permanent", type="E", message="m"))]).result()
+    journal.finish()
+    compact(storage, Rules(failed_after_s=1.0))
+    owner.dispatcher.runs.clear()
+    with pytest.raises(RunError, match="was compacted since"):
         taking.resume(owner.dispatcher, "order-42")
