@@ -1,0 +1,5 @@
+"""Runs in a bucket: the storage of a cluster whose nodes share nothing else. See docs/object-stores.md.
+
+`slots` is the format (pure), `bucket` the store's calls, `commit` and `journal` the fence, `leases` who lives,
+`storage` what the runtime calls. Needs the extra `objectstore`.
+"""
