@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,8 +93,11 @@ class Bucket(Protocol):
     async def list_prefixes(self, prefix: str) -> list[str]:
         """Names of the "directories" in `prefix`."""
 
-    async def modified_at(self, key: str) -> float:
-        """When the object was last written, by the store's clock."""
+    async def peek(self, prefix: str) -> list[str]:
+        """Keys of some objects below `prefix`, none only where there are none."""
+
+    async def modified_at(self, key: str) -> float | None:
+        """When the object was last written, by the store's clock; None where there is no such object."""
 
     async def delete(self, key: str) -> None:
         """No error where it is gone."""
@@ -171,7 +173,10 @@ class ObstoreBucket:
     async def list_prefixes(self, prefix: str) -> list[str]:
         return await self._again(lambda: self._call(_list_prefixes, prefix))
 
-    async def modified_at(self, key: str) -> float:
+    async def peek(self, prefix: str) -> list[str]:
+        return await self._again(lambda: self._call(_peek, prefix))
+
+    async def modified_at(self, key: str) -> float | None:
         return await self._again(lambda: self._call(_modified_at, key))
 
     async def delete(self, key: str) -> None:
@@ -247,10 +252,19 @@ def _list_prefixes(store: ObjectStore, prefix: str) -> list[str]:
     return [path.rstrip("/").rpartition("/")[2] for path in result["common_prefixes"]]
 
 
-def _modified_at(store: ObjectStore, key: str) -> float:
+def _peek(store: ObjectStore, prefix: str) -> list[str]:
     import obstore
 
-    return obstore.head(store, key)["last_modified"].timestamp()
+    return [meta["path"] for meta in next(iter(obstore.list(store, prefix or None, chunk_size=1000)), ())]
+
+
+def _modified_at(store: ObjectStore, key: str) -> float | None:
+    import obstore
+
+    try:
+        return obstore.head(store, key)["last_modified"].timestamp()
+    except FileNotFoundError:
+        return None
 
 
 def _delete(store: ObjectStore, key: str) -> None:
@@ -280,7 +294,3 @@ def bucket_failed(what: str, where: str, error: Exception, remedy: str = "") -> 
     """`error` as ours: what was done, where, why, and the way out."""
     text = f"{what} {where} failed: {error}"
     return StorageError(f"{text}. {remedy}" if remedy else text, path=where)
-
-
-def monotonic() -> float:
-    return time.monotonic()
