@@ -46,6 +46,9 @@ from pyworkflow_ray.engine.events import (
 MAX_PREVIOUS = 1_000  # earlier failures that an attempt can read
 
 
+_SCRIPTED = (*INPUTS, *COMMANDS)  # joined once: `apply` sees every event of a history
+
+
 @dataclass(slots=True)
 class StepState:
     """One step of the run.
@@ -146,7 +149,7 @@ class History:
         self.next_seq = event.seq + 1
         self.counted += 1
         self.last_at = max(self.last_at, event.at)
-        if isinstance(event, (*INPUTS, *COMMANDS)) and not (isinstance(event, StepCancelled) and event.forced):
+        if isinstance(event, _SCRIPTED) and not (isinstance(event, StepCancelled) and event.forced):
             self.script.append(event)
         if self.deferred and isinstance(
             event, (StepCompleted, StepFailed, ChunkCompleted, TimerFired, StepCancelled, TimerCancelled)

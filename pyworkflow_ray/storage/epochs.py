@@ -140,6 +140,7 @@ class Accepted:
     lease: str = ""
     torn: str = ""
     chain: int = 0
+    epochs: dict[int, _Epoch] = field(default_factory=dict)
     sealed: dict[int, Part] = field(default_factory=dict)
 
     @property
@@ -154,16 +155,23 @@ class Accepted:
 
 @dataclass(slots=True)
 class _Epoch:
-    """One epoch's file, decoded as far as it counts."""
+    """One epoch's file, decoded as far as it counts: up to `part`, where a seal says so. places: (seq, epoch) each."""
 
+    data: bytes
+    part: Part | None
     decoded: Decoded
     lease: str
     seal: Seal | None
     events: list[bytes]
+    places: list[tuple[int, int] | None]
 
 
-def assemble(files: Mapping[int, bytes], storage_id: str, run_id: str, base: Base | None = None) -> Accepted:
+def assemble(
+    files: Mapping[int, bytes], storage_id: str, run_id: str, base: Base | None = None, known: Accepted | None = None
+) -> Accepted:
     """The one history in `files` (epoch to content, all from 0, or the end of `base`, to the newest).
+
+    Of `known`, an earlier history of the run, what lies in the same bytes is not decoded again.
 
     Raises:
         CorruptJournalError: anything that neither a crash nor a stale owner can leave.
@@ -178,7 +186,11 @@ def assemble(files: Mapping[int, bytes], storage_id: str, run_id: str, base: Bas
     epochs: dict[int, _Epoch] = {}
     accepted = Accepted(newest=newest)
     for number in range(newest, first - 1, -1):
-        epoch = _decode_epoch(number, files[number], limits.get(number), storage_id, run_id)
+        before = known.epochs.get(number) if known is not None else None
+        if before is not None and before.part == limits.get(number) and before.data == files[number]:
+            epoch = before
+        else:
+            epoch = _decode_epoch(number, files[number], limits.get(number), storage_id, run_id)
         epochs[number] = epoch
         if limits and number not in limits:
             raise CorruptJournalError(f"run {run_id!r}: no seal covers epoch {number}")
@@ -189,7 +201,7 @@ def assemble(files: Mapping[int, bytes], storage_id: str, run_id: str, base: Bas
     if base is not None:
         _put_before(base, accepted, limits, run_id)
     _number_events(accepted, epochs, limits, run_id)
-    accepted.sealed = limits
+    accepted.sealed, accepted.epochs = limits, epochs
     accepted.lease, accepted.chain = epochs[newest].lease, epochs[newest].decoded.chain
     for number in range(first, newest + 1):
         prefix = files[number][: epochs[number].decoded.length]
@@ -219,7 +231,7 @@ def _put_before(base: Base, accepted: Accepted, limits: dict[int, Part], run_id:
 
 
 def _decode_epoch(number: int, data: bytes, part: Part | None, storage_id: str, run_id: str) -> _Epoch:
-    where = f"run {run_id!r}, epoch {number}"
+    where, whole = f"run {run_id!r}, epoch {number}", data
     if part is not None:
         if len(data) < part.length or hashlib.sha256(data[: part.length]).hexdigest() != part.sha256:
             raise CorruptJournalError(f"{where}: its first {part.length} bytes are not those that were sealed")
@@ -239,7 +251,8 @@ def _decode_epoch(number: int, data: bytes, part: Part | None, storage_id: str, 
     first_event = 1 if number == 0 else 2
     if (number == 0 and len(bodies) < 2) or (number > 0 and len(bodies) > 1 and seal is None):
         raise CorruptJournalError(f"{where}: its {'first event' if number == 0 else 'seal'} is missing")
-    return _Epoch(decoded, head.lease, seal, bodies[first_event:])
+    events = bodies[first_event:]
+    return _Epoch(whole, part, decoded, head.lease, seal, events, [event_place(body) for body in events])
 
 
 def _apply_seal(seal: Seal, number: int, limits: dict[int, Part], run_id: str) -> None:
@@ -251,8 +264,7 @@ def _apply_seal(seal: Seal, number: int, limits: dict[int, Part], run_id: str) -
 
 def _number_events(accepted: Accepted, epochs: Mapping[int, _Epoch], limits: Mapping[int, Part], run_id: str) -> None:
     for number in sorted(epochs):
-        for body in epochs[number].events:
-            place = event_place(body)
+        for place, body in zip(epochs[number].places, epochs[number].events, strict=True):
             if place != (len(accepted.records), number):
                 raise CorruptJournalError(
                     f"run {run_id!r}, epoch {number}: event {len(accepted.records)} is missing, found {place}"
