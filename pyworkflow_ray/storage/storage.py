@@ -119,6 +119,11 @@ class Storage:
             StorageError: it can't be read or made, or a newer version made it.
             CorruptJournalError: `storage.json` is damaged, or missing from a directory that holds runs.
         """
+        if "://" in os.fspath(path):  # a directory of that name would be made, and nobody would know
+            raise ConfigurationError(
+                f"storage={os.fspath(path)!r}: object stores are not available in this version. Use a directory on a "
+                "local disk"
+            )
         root = os.path.abspath(os.path.expanduser(os.fspath(path)))
         if "\0" in root:
             raise ConfigurationError(f"storage={root!r} is no path")

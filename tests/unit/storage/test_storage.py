@@ -125,6 +125,14 @@ def test_network_file_systems_are_known_by_their_mount(path: str, kind: str | No
     assert network_file_system(path, MOUNTS) == kind
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/runs", "gs://bucket", "file:///tmp/runs"])
+def test_an_url_is_refused_and_no_directory_of_its_name_is_made(tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"object stores are not available in this version"):
+        Storage.open(url)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_storage_on_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = "pyworkflow_ray.storage.storage.network_file_system"
     monkeypatch.setattr(module, lambda path: network_file_system(path, f"x / ext4 rw 0 0\nn {tmp_path} nfs rw 0 0\n"))
