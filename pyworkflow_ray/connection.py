@@ -46,8 +46,8 @@ def init(storage: str | os.PathLike[str] | None = None, address: str | None = No
     Args:
         storage: Directory of the runs; None: `PYWORKFLOW_STORAGE`, else `~/.pyworkflow-ray`.
         address: As in Ray; None: `RAY_ADDRESS`, a running local cluster, else a new local one.
-        settings: log_level, allow_pickle, pool_min, pool_max, worker_wait_max, compact_after, compact_above,
-            compact_failed_after, retain.
+        settings: log_level, allow_pickle, max_payload_bytes, pool_min, pool_max, worker_wait_max,
+            compact_after, compact_above, compact_failed_after, retain.
 
     Raises:
         ConfigurationError: a setting is wrong, the address is no cluster's, or others are in force: `shutdown()` first.
@@ -95,6 +95,7 @@ def _connect(ray_options: dict[str, Any] | None = None) -> Client:
         _settings.storage,
         address=_address,
         allow_pickle=_settings.allow_pickle,
+        max_payload_bytes=_settings.max_payload_bytes,
         pool_min=_settings.pool_min,
         pool_max=_settings.pool_max,
         worker_wait_max_s=_settings.worker_wait_max,
@@ -161,12 +162,22 @@ def open_storage() -> Storage:
 
 
 def codec_of(storage: Storage) -> Any:
+    """The codec for what lies in `storage`, by this process's settings."""
     from pyworkflow_ray.storage.codec import StorageCodec
 
     client = client_of(storage)
     if client is not None:
         return client.codec
-    return StorageCodec(storage, allow_pickle=True if _settings is None else _settings.allow_pickle)
+    settings = _settings
+    if settings is None:
+        from pyworkflow_ray.settings import load_settings
+
+        settings = load_settings()
+    return StorageCodec(
+        storage,
+        allow_pickle=settings.allow_pickle,
+        max_payload_bytes=settings.max_payload_bytes,
+    )
 
 
 def _shown(settings: Any) -> str:

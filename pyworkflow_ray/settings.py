@@ -31,6 +31,9 @@ class Settings(BaseSettings):
     storage: Path = Field(default=Path("~/.pyworkflow-ray"), description="Directory that holds runs and checkpoints")
     log_level: LogLevel = Field(default="INFO", description="Level of our own log lines")
     allow_pickle: bool = Field(default=True, description="False refuses pickled values, on write and on read")
+    max_payload_bytes: int | None = Field(
+        default=None, ge=1024, description="Largest value; None: 64 MiB, beside 8 GiB of buffers of arrays and tables"
+    )
     pool_min: int = Field(default=1, ge=0, le=10_000, description="Warm run actors kept when nothing runs")
     pool_max: int | None = Field(default=None, ge=1, le=10_000, description="Most run actors; None: by the CPUs")
     worker_wait_max: float = Field(

@@ -13,12 +13,14 @@ class Payload(BaseModel):
     """One encoded value. The encoding is this field, set by us, and never a tag inside user data.
 
     enc: "json" (`data` is the value itself), "model" (a pydantic model or dataclass of class `cls`, `data` its JSON
-        form), "pickle" (`data` is base64 of a pickle made by Python `py`), "custom" (made by a codec hook).
+        form), "pickle" (`data` is base64 of a pickle made by Python `py`), "buffers" (a pickle whose large buffers lie
+        in the blobs `blobs`; `data` is base64 of a frame of both), "custom" (made by a codec hook).
     ref: SHA-256 of the spilled bytes where the value is too large for the journal; `data` is then None.
-    size: encoded size in bytes.
+    size: encoded size in bytes, buffers included.
     digest: hash of the canonical encoding, None where the encoding is not canonical (pickles).
     cls: the class of the value, "module:qualname", for "model" and "pickle".
     preview: a short text of the value for people, None where `data` shows it already or it is redacted.
+    blobs: SHA-256 of each further blob that the value needs.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -31,6 +33,7 @@ class Payload(BaseModel):
     cls: str | None = None
     py: str | None = None
     preview: str | None = None
+    blobs: tuple[str, ...] = Field(default=(), exclude_if=lambda blobs: not blobs)
 
 
 class CodeRef(BaseModel):

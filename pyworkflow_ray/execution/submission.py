@@ -111,4 +111,4 @@ def difference(old: RunCreated, new: RunCreated) -> str | None:
 def _equal(one: Payload, other: Payload) -> bool:
     if one.digest is not None and other.digest is not None:
         return (one.enc, one.cls, one.digest) == (other.enc, other.cls, other.digest)
-    return (one.enc, one.data, one.ref) == (other.enc, other.data, other.ref)
+    return (one.enc, one.data, one.ref, one.blobs) == (other.enc, other.data, other.ref, other.blobs)

@@ -29,9 +29,8 @@ from pyworkflow_ray.runtime.dispatcher import make_anchor
 from pyworkflow_ray.runtime.embedded import ensure_ray
 from pyworkflow_ray.runtime.following import Follower
 from pyworkflow_ray.runtime.messages import NAMESPACE, Cursor, News, RuntimeConfig, Submitted, controller_name
-from pyworkflow_ray.runtime.process import set_log_level
+from pyworkflow_ray.runtime.process import make_codec, set_log_level
 from pyworkflow_ray.runtime.typed_ray import as_actor, cluster_resources
-from pyworkflow_ray.storage.codec import StorageCodec
 from pyworkflow_ray.storage.lease import Lease
 from pyworkflow_ray.storage.storage import Storage
 
@@ -52,7 +51,7 @@ class Client:
         self.config = config
         self.environment = environment
         self.owns_ray = owns_ray
-        self.codec = StorageCodec(storage, allow_pickle=config.allow_pickle)
+        self.codec = make_codec(storage, config)
         keep_in(storage.root)
         self._controller: Any = None
         self._closed = False
@@ -184,6 +183,7 @@ def connect(
     *,
     address: str | None = None,
     allow_pickle: bool = True,
+    max_payload_bytes: int | None = None,
     pool_min: int = 1,
     pool_max: int | None = None,
     worker_wait_max_s: float = 1.0,
@@ -207,6 +207,7 @@ def connect(
             storage=opened.root,
             storage_id=opened.storage_id,
             allow_pickle=allow_pickle,
+            max_payload_bytes=max_payload_bytes,
             pool_min=pool_min,
             pool_max=pool_max,
             worker_wait_max_s=worker_wait_max_s,

@@ -38,6 +38,7 @@ class RuntimeConfig:
     storage: str
     storage_id: str
     allow_pickle: bool = True
+    max_payload_bytes: int | None = None
     pool_min: int = 1
     pool_max: int | None = None
     worker_wait_max_s: float = 1.0

@@ -16,6 +16,7 @@ from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.runtime import budget_actor  # noqa: F401  brings the cluster's retry budgets into this process
 from pyworkflow_ray.runtime.breaker_actor import guard_for, keep_in
 from pyworkflow_ray.runtime.messages import RuntimeConfig
+from pyworkflow_ray.runtime.shared_objects import SharedObjects
 from pyworkflow_ray.storage.codec import StorageCodec
 from pyworkflow_ray.storage.storage import Storage
 
@@ -28,7 +29,8 @@ class Process:
     def __init__(self, config: RuntimeConfig) -> None:
         self.config = config
         self.storage = Storage.open(config.storage, create=False)
-        self.codec = StorageCodec(self.storage, allow_pickle=config.allow_pickle)
+        self.shared = SharedObjects()
+        self.codec = make_codec(self.storage, config, self.shared)
         keep_in(self.storage.root)
         self.worker = f"{os.getpid()}"
         self.node = node_name()
@@ -36,6 +38,16 @@ class Process:
     def guard(self, call: StepCall) -> Any:
         """The breaker of this call, as this process sees it; None where it has none."""
         return guard_for(call)
+
+
+def make_codec(storage: Storage, config: RuntimeConfig, shared: SharedObjects | None = None) -> StorageCodec:
+    """The codec that this configuration asks for."""
+    return StorageCodec(
+        storage,
+        allow_pickle=config.allow_pickle,
+        max_payload_bytes=config.max_payload_bytes,
+        sharing=shared,
+    )
 
 
 _lock = threading.Lock()

@@ -64,6 +64,7 @@ class RunActor:
     def _start(self, spec: ActorSpec) -> None:
         self._missing_roots = enter_environment(spec.environment)
         self._process = enter_process(spec.config)
+        self._kept = self._process.shared.keep_here()
         self._lease = Lease.join(self._process.storage, spec.lease)
         filter_replayed_lines()
         self._lock = threading.RLock()
@@ -215,6 +216,15 @@ class RunActor:
     def attend(self, host_id: str, position: str, dispatch: int, notes: list[AttemptNote]) -> bool:
         return self._attend(host_id, position, dispatch, notes)
 
+    @ray.method(concurrency_group="control")
+    def keep_object(self, digest: str, box: list[Any], size: int) -> None:
+        """Hold the reference to a large buffer that a step has made, as long as the run is here."""
+        self._kept.keep(digest, box, size)
+
+    @ray.method(concurrency_group="control")
+    def lend_object(self, digest: str) -> list[Any] | None:
+        return self._kept.lend(digest)
+
     def _step_done(self, host_id: str, outcome: Outcome | None) -> StepCall | None:
         """Take the outcome of the host's last call, give it the next one; None: it shall end."""
         with self._lock:
@@ -285,6 +295,7 @@ class RunActor:
             for interrupt in self._interrupts.values():
                 interrupt.cancel()
             self._active = None
+            self._kept.clear()
             self._changed.notify_all()
             return run.report
 

@@ -36,6 +36,7 @@ def host_steps(
     """Body of the Ray task. Returns how many calls it executed."""
     enter_environment(environment)
     process = enter_process(config)
+    process.shared.keep_in(actor)
     watch = _watch_of_this_process()
     line = open_line(actor, address, process.node)
     executed = 0

@@ -21,3 +21,7 @@ def as_task(fn: Callable[..., Any], **options: Any) -> Any:
 
 def cluster_resources() -> dict[str, float]:
     return dict(cast(Any, ray.cluster_resources)())
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    return [node for node in cast(Any, ray.nodes)() if node.get("Alive")]

@@ -11,6 +11,7 @@ code runs because of what a dict contains.
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from pydantic_core import from_json, to_json
 from pyworkflow_ray.engine.events import ErrorInfo, Kind, Payload
 from pyworkflow_ray.errors import PayloadError, StepFailedError
 from pyworkflow_ray.storage import exceptions, failure_text, pickling
+from pyworkflow_ray.storage.large import LargeBuffers, Sharing, frame, unframe, whole_frame
 from pyworkflow_ray.storage.payload import (
     PYTHON,
     Encoded,
@@ -34,35 +36,24 @@ from pyworkflow_ray.storage.payload import (
     is_model,
     preview,
 )
+from pyworkflow_ray.storage.protection import CodecHook, keyed_digest, protect, reveal, reveal_text, seal_text
 
 SPILL_BYTES = 64 * 1024  # larger values go to files of their own: a commit of the journal stays small
-MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
+MAX_PAYLOAD_BYTES = 64 * 1024 * 1024  # of what is copied to be stored: JSON, pickles
+MAX_BUFFERS_BYTES = 8 * 1024 * 1024 * 1024  # of the buffers of arrays and tables, which are not
+MAX_PROTECTED_BYTES = 1024 * 1024 * 1024  # of all of a value that a hook encrypts, for it is copied
 _SHORT_TEXT = 4096
 
 
 class BlobStore(Protocol):
-    """Content-addressed bytes. Implemented by Storage, and by testing's MemoryBlobs."""
+    """Content-addressed bytes. Implemented by Storage, and by testing's MemoryBlobs.
+
+    One that has `put_blob_parts`, `open_blob` and `keep_blob` as well, as Storage has, stores large arrays uncopied.
+    """
 
     def put_blob(self, data: bytes) -> str: ...
 
     def get_blob(self, sha: str) -> bytes: ...
-
-
-class CodecHook(Protocol):
-    """The seam for encryption and redaction. Every payload and every text of an error passes through it.
-
-    `protect` is given the whole encoded value and its result alone is stored; `reveal` undoes it exactly. `redact`
-    gives what of an error's message or traceback may be stored in clear (those are read without the key). `digest_key`
-    keys the digests by which replay compares arguments; None stores none, so that equal values aren't recognised.
-    """
-
-    digest_key: bytes | None
-
-    def protect(self, data: bytes) -> bytes: ...
-
-    def reveal(self, data: bytes) -> bytes: ...
-
-    def redact(self, text: str) -> str: ...
 
 
 class StorageCodec:
@@ -72,8 +63,10 @@ class StorageCodec:
         blobs: Where payloads above 64 KiB go: a Storage, or any `BlobStore`.
         allow_pickle: False refuses pickles on write and on read. Default True. Who can write the storage can then run
             code as whoever reads it.
-        max_payload_bytes: Largest encoded value; default 64 MiB. Larger ones raise `PayloadError` without being built.
-        hook: Encrypts or redacts; default none.
+        max_payload_bytes: Largest encoded value. None: 64 MiB, beside up to 8 GiB of buffers of arrays and tables
+            (through a hook 1 GiB in all). Larger ones raise `PayloadError` without being built.
+        hook: Encrypts; default none. See `protection`.
+        sharing: Where other processes find large buffers without reading them; default nowhere.
     """
 
     def __init__(
@@ -81,13 +74,30 @@ class StorageCodec:
         blobs: BlobStore,
         *,
         allow_pickle: bool = True,
-        max_payload_bytes: int = MAX_PAYLOAD_BYTES,
+        max_payload_bytes: int | None = None,
         hook: CodecHook | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         self._blobs = blobs
         self._hook = hook
+        self._large = LargeBuffers(blobs, sharing)
+        self._place = b""
         self.allow_pickle = allow_pickle
-        self.max_payload_bytes = max_payload_bytes
+        self.max_payload_bytes = max_payload_bytes or MAX_PAYLOAD_BYTES
+        most = MAX_BUFFERS_BYTES if hook is None else MAX_PROTECTED_BYTES
+        self.max_buffers_bytes = max_payload_bytes or most
+
+    def at(self, run_id: str, position: str = "") -> StorageCodec:
+        """The codec for what lies at this place: what a hook has protected is readable at its own place only.
+
+        Args:
+            position: Of the step or map; "" for what belongs to the run as a whole.
+        """
+        if self._hook is None:
+            return self
+        bound = copy.copy(self)
+        bound._place = f"{run_id}\0{position}".encode()
+        return bound
 
     # Values ---------------------------------------------------------------------------------------------------
 
@@ -113,19 +123,28 @@ class StorageCodec:
             return self._encode(value)
         except TooLarge:
             raise PayloadError(
-                f"a {pickling.type_name(value)} is too large to be stored: more than the limit of "
-                f"{self.max_payload_bytes:,} bytes for one value. Store it elsewhere and pass its name"
+                f"a {pickling.type_name(value)}{_measure(value)} is too large to be stored: {self._limits()} "
+                "(max_payload_bytes). Store it elsewhere and pass its name, or allow more: "
+                "pw.init(max_payload_bytes=...) or PYWORKFLOW_MAX_PAYLOAD_BYTES"
             ) from None
 
+    def _limits(self) -> str:
+        text = f"the limit of one value is {self.max_payload_bytes:,} bytes"
+        if self.max_buffers_bytes != self.max_payload_bytes:
+            text += f", and {self.max_buffers_bytes:,} of the buffers of arrays and tables in it"
+        return text
+
     def pack(self, value: Any) -> Payload:
-        """As `encode`, for a value that travels to a worker and is not stored: it is never spilled to a file.
+        """As `encode`, for a value that travels to a worker and is not stored: it is never spilled to a file, but for
+        the large buffers of arrays and tables, which are not copied from process to process.
 
         Raises:
             PayloadError: as `encode`.
         """
-        if self._hook is not None:
-            return self._store(self._encode_checked(value), value)
-        enc, text, data, cls, digest = self._encode_checked(value)
+        encoded = self._encode_checked(value)
+        enc, text, data, cls, digest, buffers = encoded
+        if self._hook is not None or buffers:
+            return self._store(encoded, value)
         py = PYTHON if enc == "pickle" or (enc == "exception" and exceptions.holds_pickle(data)) else None
         if enc == "pickle":
             data = base64.b64encode(text).decode()
@@ -152,7 +171,8 @@ class StorageCodec:
                 f"a {pickling.type_name(value)} can't be stored: it has no exact JSON form ({reason}), and pickles are "
                 "switched off (allow_pickle=False). Pass JSON types, an importable pydantic model or a dataclass"
             )
-        return Encoded("pickle", pickling.dump_checked(value, limit), None, pickling.type_name(value), None)
+        text, buffers = pickling.dump_checked(value, limit, self.max_buffers_bytes)
+        return Encoded("buffers" if buffers else "pickle", text, None, pickling.type_name(value), None, buffers)
 
     def _encode_recipe(self, recipe: exceptions.Recipe) -> Encoded:
         text = to_json(recipe)
@@ -161,37 +181,44 @@ class StorageCodec:
         return Encoded("exception", text, recipe, None, None)
 
     def _store(self, encoded: Encoded, value: Any) -> Payload:
-        enc, text, data, cls, digest = encoded
-        pickled = enc == "pickle" or (enc == "exception" and exceptions.holds_pickle(data))
+        enc, text, data, cls, digest, buffers = encoded
+        pickled = enc in ("pickle", "buffers") or (enc == "exception" and exceptions.holds_pickle(data))
         py = PYTHON if pickled else None
         if self._hook is not None:
             return self._protect(self._hook, encoded, py)
-        ref = None
-        shown = preview(value) if enc == "pickle" else None
+        ref, size = None, len(text)
+        blobs: tuple[str, ...] = ()
+        shown = preview(value) if enc in ("pickle", "buffers") else None
+        if buffers:
+            places = self._large.put(buffers)
+            blobs = tuple(dict.fromkeys(place.digest for place in places))
+            size += sum(place.length for place in places)
+            text = frame(text, places)
         if len(text) > SPILL_BYTES:
             ref, data = self._blobs.put_blob(text), None
             shown = preview(value) if enc != "exception" else None
-        elif enc == "pickle":
+        elif enc in ("pickle", "buffers"):
             data = base64.b64encode(text).decode()
-        return Payload(enc=enc, data=data, ref=ref, size=len(text), digest=digest, cls=cls, py=py, preview=shown)
+        return Payload(
+            enc=enc, data=data, ref=ref, size=size, digest=digest, cls=cls, py=py, preview=shown, blobs=blobs
+        )
 
     def _protect(self, hook: CodecHook, encoded: Encoded, py: str | None) -> Payload:
         head = to_json([encoded.enc, encoded.cls, py])
-        text = hook.protect(len(head).to_bytes(4, "big") + head + encoded.text)
-        digest = None
-        if encoded.digest is not None and hook.digest_key is not None:
-            digest = hashlib.blake2b(encoded.digest.encode(), key=hook.digest_key[:64], digest_size=16).hexdigest()
+        text = whole_frame(encoded.text, encoded.buffers) if encoded.buffers else encoded.text
+        text = protect(hook, b"".join([len(head).to_bytes(4, "big"), head, text]), self._place)
+        digest = keyed_digest(hook, encoded.digest)
         if len(text) > SPILL_BYTES:
             return Payload(enc="custom", ref=self._blobs.put_blob(text), size=len(text), digest=digest)
         return Payload(enc="custom", data=base64.b64encode(text).decode(), size=len(text), digest=digest)
 
     def decode(self, payload: Payload) -> Any:
-        """The value of `payload`, a new object each time.
+        """The value of `payload`, made anew.
 
         Raises:
-            PayloadError: a pickle where those are switched off or of another Python, a class that can't be imported, or
-                a payload that is damaged.
-            StorageError: its bytes are missing in the storage.
+            PayloadError: it is damaged, its class or Python are not here, it is a pickle and those are off, or it is
+                encrypted and there is no key.
+            StorageError: its bytes can't be read.
         """
         enc, data = payload.enc, payload.data
         if payload.ref is None:
@@ -203,9 +230,9 @@ class StorageCodec:
                 return self._rebuild(data, payload.py)
             text = _from_base64(data)
         else:
-            text = self._fetch(payload.ref, payload.size)
+            text = self._fetch(payload)
         if enc == "custom":
-            return self._reveal(text)
+            return self._decode_text(*self._reveal(text))
         return self._decode_text(enc, text, payload.cls, payload.py)
 
     def _decode_text(self, enc: str, text: bytes, cls: str | None, py: str | None) -> Any:
@@ -215,9 +242,9 @@ class StorageCodec:
             return decode_model(text, cls)
         if enc == "exception":
             return self._rebuild(from_json(text), py)
-        if enc == "pickle":
+        if enc in ("pickle", "buffers"):
             self._check_pickle(cls or "value", py)
-            return pickling.load(text)
+            return pickling.load(text) if enc == "pickle" else pickling.load(*unframe(text, self._large))
         raise PayloadError(f"a stored value has the encoding {enc!r}, which this version does not know: upgrade")
 
     def _rebuild(self, recipe: exceptions.Recipe, py: str | None) -> BaseException:
@@ -236,22 +263,20 @@ class StorageCodec:
                 f"the minor version that wrote them. Go on with Python {py}, or pass JSON types, models or dataclasses"
             )
 
-    def _reveal(self, text: bytes) -> Any:
-        if self._hook is None:
-            raise PayloadError("a stored value was written through a codec hook (encryption), and none is set here")
+    def _reveal(self, text: bytes) -> tuple[str, bytes, str | None, str | None]:
+        inner = reveal(self._hook, text, self._place)
         try:
-            inner = self._hook.reveal(text)
             size = int.from_bytes(inner[:4], "big")
             enc, cls, py = from_json(inner[4 : 4 + size])
-        except Exception as error:
-            raise PayloadError(
-                f"the codec hook could not reveal a stored value ({type(error).__name__}: {error}): is the key right?"
-            ) from error
-        return self._decode_text(enc, inner[4 + size :], cls, py)
+        except ValueError as error:
+            raise PayloadError(f"a stored value is damaged: what the codec hook revealed is none ({error})") from error
+        return enc, inner[4 + size :], cls, py
 
-    def _fetch(self, ref: str, size: int) -> bytes:
+    def _fetch(self, payload: Payload) -> bytes:
+        ref = payload.ref or ""
         text = self._blobs.get_blob(ref)
-        if len(text) != size or hashlib.sha256(text).hexdigest() != ref:
+        sized = payload.enc == "buffers" or len(text) == payload.size
+        if not sized or hashlib.sha256(text).hexdigest() != ref:
             raise PayloadError(f"the payload file {ref} is damaged: its content does not have the SHA-256 of its name")
         return text
 
@@ -271,7 +296,7 @@ class StorageCodec:
         except (PayloadError, TooLarge):
             pass
         if self._hook is not None:
-            message, trace = self._hook.redact(message), self._hook.redact(trace)
+            message, trace = (seal_text(self._hook, text, self._place) for text in (message, trace))
         cls = type(error)
         return ErrorInfo(
             kind=kind,
@@ -294,9 +319,19 @@ class StorageCodec:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
         name = info.type if info.module in ("", "builtins") else f"{info.module}.{info.type}"
-        failed = StepFailedError(info.message, type=name, traceback_text=info.traceback)
+        message, trace = self.readable(info.message), self.readable(info.traceback)
+        failed = StepFailedError(message, type=name, traceback_text=trace)
         failed.add_note(f"pyworkflow-ray: the original exception could not be restored: {reason}")
         return failed
+
+    def readable(self, text: str) -> str:
+        """A text of the log with what is encrypted in it revealed, or where that can't be done named."""
+        return reveal_text(self._hook, text)
+
+
+def _measure(value: Any) -> str:
+    size = len(value) if isinstance(value, (str, bytes, bytearray)) else getattr(value, "nbytes", None)
+    return f" of {size:,} bytes" if isinstance(size, int) else ""
 
 
 def _from_base64(data: Any) -> bytes:

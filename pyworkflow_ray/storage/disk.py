@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import uuid
 from typing import Final
@@ -55,7 +56,23 @@ class Disk:
         """Bytes of a file."""
         return os.stat(path).st_size
 
+    def map(self, path: str) -> mmap.mmap:
+        """The file, which is not empty, as read-only memory that outlives its name."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(fd)
+
     # Whole files and names
+
+    def create(self, path: str) -> int:
+        """A descriptor for a new file; FileExistsError where it exists."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+
+    def refresh(self, path: str) -> None:
+        """Give a file the present time."""
+        os.utime(path)
 
     def write_file(self, path: str, data: bytes, *, sync: bool = True) -> None:
         """Create `path`, which must not exist, with `data`, durable but for its name."""
@@ -140,7 +157,7 @@ class Disk:
             return False
         return True
 
-    def write(self, fd: int, data: bytes) -> None:
+    def write(self, fd: int, data: bytes | memoryview) -> None:
         """Write all of `data`; on an error a part of it may have been written."""
         written = os.write(fd, data)
         while written < len(data):

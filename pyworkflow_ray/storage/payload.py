@@ -24,7 +24,7 @@ import marshal
 import math
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, TypeAdapter
@@ -41,13 +41,17 @@ _canonical_text = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure
 
 
 class Encoded(NamedTuple):
-    """A value in stored form. `text` is the JSON text or the pickle; `data` the JSON value, None for a pickle."""
+    """A value in stored form. `text` is the JSON text or the pickle; `data` the JSON value, None for a pickle.
+
+    buffers: large buffers that were taken out of the pickle.
+    """
 
     enc: str
     text: bytes
     data: Any
     cls: str | None
     digest: str | None
+    buffers: Sequence[memoryview] = ()
 
 
 class NotJson(Exception):

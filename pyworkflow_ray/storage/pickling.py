@@ -13,14 +13,16 @@ import io
 import pickle
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyworkflow_ray.errors import PayloadError
 from pyworkflow_ray.storage.payload import TooLarge
 
 PROTOCOL = 5
+OUT_OF_BAND_BYTES = 64 * 1024  # buffers of arrays and tables from this size on are stored apart, uncopied
 _LOCKS = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threading.RLock}
+_TABLES = ("pyarrow.", "polars.")
 _BY_NAME = (type, types.FunctionType, types.BuiltinFunctionType)  # pickled as a name, never reduced
 
 
@@ -55,8 +57,8 @@ def _pickler_class() -> Any:
         """`left_out` None: strict. A list: what can't be pickled is replaced by None and its type named there,
         locks by new ones (grpc's errors read their own code under a lock)."""
 
-        def __init__(self, file: Any, left_out: list[str] | None) -> None:
-            super().__init__(file, protocol=PROTOCOL)
+        def __init__(self, file: Any, left_out: list[str] | None, take: Any) -> None:
+            super().__init__(file, protocol=PROTOCOL, buffer_callback=take)
             self._left_out = left_out
 
         def reducer_override(self, obj: Any) -> Any:
@@ -64,6 +66,12 @@ def _pickler_class() -> Any:
                 from pyworkflow_ray.storage.exceptions import reduce_exception
 
                 return reduce_exception(obj)
+            if type(obj).__module__.startswith(_TABLES):
+                from pyworkflow_ray.storage.table_values import reduce_table
+
+                reduced = reduce_table(obj)
+                if reduced is not None:
+                    return reduced
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented or self._left_out is None or isinstance(obj, _BY_NAME):
                 return reduced
@@ -84,28 +92,58 @@ def _pickler_class() -> Any:
 _pickler: Any = None  # made on first use: cloudpickle need not be imported where only JSON is stored
 
 
-def dump(value: Any, limit: int, left_out: list[str] | None = None) -> bytes:
-    """The pickle of `value`; raises whatever pickling raises, and TooLarge beyond `limit` bytes."""
+def dump(
+    value: Any,
+    limit: int,
+    left_out: list[str] | None = None,
+    buffers: list[memoryview] | None = None,
+    buffers_limit: int | None = None,
+) -> bytes:
+    """The pickle of `value`; raises whatever pickling raises, and TooLarge beyond `limit` bytes.
+
+    Args:
+        buffers: Where large buffers go, out of the pickle; None: they stay in it. More than `buffers_limit` bytes of
+            them are TooLarge.
+    """
     global _pickler
     if _pickler is None:
         _pickler = _pickler_class()
-    buffer = _Bounded(limit)
-    _pickler(buffer, left_out).dump(value)
-    return buffer.getvalue()
+    left = [limit if buffers_limit is None else buffers_limit]
+
+    def take(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            raw = buffer.raw()
+        except BufferError:  # not contiguous
+            return True
+        if raw.nbytes < OUT_OF_BAND_BYTES:
+            return True
+        left[0] -= raw.nbytes
+        if left[0] < 0:
+            raise TooLarge
+        assert buffers is not None
+        buffers.append(raw)
+        return False
+
+    file = _Bounded(limit)
+    _pickler(file, left_out, None if buffers is None else take).dump(value)
+    return file.getvalue()
 
 
-def dump_checked(value: Any, limit: int) -> bytes:
-    """The pickle of `value`, which has been loaded once and gave a value of the same type.
+def dump_checked(value: Any, limit: int, buffers_limit: int | None = None) -> tuple[bytes, list[memoryview]]:
+    """The pickle of `value` and its large buffers, which have been loaded once and gave a value of the same type.
 
     Raises:
-        TooLarge: it takes more than `limit` bytes.
+        TooLarge: the pickle takes more than `limit` bytes, or the buffers more than `buffers_limit`.
         PayloadError: it can't be pickled, or not loaded again; the message names the part to blame.
     """
+    buffers: list[memoryview] = []
     try:
-        text = dump(value, limit)
+        text = dump(value, limit, None, buffers, buffers_limit)
     except TooLarge:
         raise
     except Exception as error:
+        if isinstance(error.__cause__, TooLarge) or isinstance(error.__context__, TooLarge):
+            raise TooLarge from None  # cloudpickle and the reducers of others raise their own
         if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
             raise PayloadError(f"a {type_name(value)} can't be stored: it is nested too deeply to be pickled") from None
         where = _culprit(value, lambda part: dump(part, limit))
@@ -114,7 +152,7 @@ def dump_checked(value: Any, limit: int) -> bytes:
             "Pass plain data, a pydantic model or a dataclass, and make clients with pw.resource(factory)"
         ) from error
     try:
-        back = pickle.loads(text)
+        back = pickle.loads(text, buffers=[buffer.toreadonly() for buffer in buffers])
     except Exception as error:
         where = _culprit(value, lambda part: pickle.loads(dump(part, limit)))
         raise PayloadError(
@@ -123,13 +161,13 @@ def dump_checked(value: Any, limit: int) -> bytes:
         ) from error
     if type(back) is not type(value) and type_name(back) != type_name(value):
         raise PayloadError(f"a {type_name(value)} can't be stored: its pickle comes back as a {type_name(back)}")
-    return text
+    return text, buffers
 
 
-def load(text: bytes) -> Any:
+def load(text: bytes | memoryview, buffers: Sequence[memoryview] = ()) -> Any:
     """What the pickle holds. Raises PayloadError with the cause where it can't be loaded here."""
     try:
-        return pickle.loads(text)
+        return pickle.loads(text, buffers=buffers)
     except Exception as error:
         raise PayloadError(
             f"a stored value can't be unpickled here ({type(error).__name__}: {error}): "

@@ -36,6 +36,7 @@ from pyworkflow_ray.errors import (
 )
 from pyworkflow_ray.failpoints import failpoint
 from pyworkflow_ray.ids import check_run_id
+from pyworkflow_ray.storage.blobs import Blobs
 from pyworkflow_ray.storage.checked import decode_checked
 from pyworkflow_ray.storage.checkpoint_files import DiskFiles
 from pyworkflow_ray.storage.checkpoint_ids import Checkpoints
@@ -106,7 +107,7 @@ class Storage:
         self.disk: Final = disk
         self._fold_limit = fold_limit
         self._index = ActiveIndex(disk, f"{root}/active")
-        self._known_blobs: set[str] = set()
+        self.blobs: Final = Blobs(disk, root)
         self.checkpoints: Final = Checkpoints(DiskFiles(disk, f"{root}/checkpoints", f"{root}/tmp"), storage_id)
         self._compacted: object = None  # a CompactedRuns, once one is needed
 
@@ -466,22 +467,7 @@ class Storage:
 
     def put_blob(self, data: bytes) -> str:
         """Store bytes durably under their SHA-256, which is returned; storing them again costs a look."""
-        digest = hashlib.sha256(data).hexdigest()
-        if digest in self._known_blobs:
-            return digest
-        path = self._blob(digest)
-        directory = os.path.dirname(path)
-        try:
-            ensure_directory(self.disk, directory)
-            if not self.disk.exists(path) or self.disk.read(path) != data:
-                temporary = f"{self.root}/tmp/{self.disk.token()}"
-                self.disk.write_file(temporary, data)
-                self.disk.rename(temporary, path)  # replaces a damaged one
-            self.disk.sync_dir(directory)
-        except OSError as error:
-            raise disk_error("storing", path, error) from error
-        self._known_blobs.add(digest)
-        return digest
+        return self.blobs.put(data)
 
     def get_blob(self, digest: str) -> bytes:
         """The bytes stored under `digest`.
@@ -490,21 +476,21 @@ class Storage:
             CorruptJournalError: what lies there has another hash.
             StorageError: nothing lies there, or it can't be read.
         """
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise StorageError(f"{digest!r} names no blob: 64 hexadecimal digits do", path=self.root)
-        path = self._blob(digest)
-        try:
-            data = self.disk.read(path)
-        except OSError as error:
-            raise disk_error("reading", path, error) from error
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise CorruptJournalError(f"{path} is damaged: its content has another hash than its name", path=path)
-        return data
+        return self.blobs.get(digest)
+
+    def put_blob_parts(self, parts: Sequence[memoryview]) -> str:
+        """As `put_blob`, of parts laid out as `blobs.layout` says; nothing is copied in this process."""
+        return self.blobs.put_parts(parts)
+
+    def open_blob(self, digest: str) -> memoryview:
+        """As `get_blob`; a large blob is mapped, not read."""
+        return self.blobs.open(digest)
+
+    def keep_blob(self, digest: str) -> bool:
+        """Whether the blob is there and stays for whoever names it in a record within the hour."""
+        return self.blobs.keep(digest)
 
     # Paths
-
-    def _blob(self, digest: str) -> str:
-        return f"{self.root}/blobs/{digest[:2]}/{digest}"
 
     def _directory(self, run_id: str) -> str:
         check_run_id(run_id)

@@ -194,11 +194,13 @@ def refs_of(events: Iterable[Event]) -> set[str]:
 
 
 def _refs(value: Any) -> Iterator[str]:
-    """Every `ref` of a payload or code reference, at any depth; user data is not looked into."""
+    """Every blob of a payload or code reference, at any depth; user data is not looked into."""
     if isinstance(value, dict):
         ref = value.get("ref")
         if isinstance(ref, str) and ("enc" in value or "how" in value):
             yield ref
+        if "enc" in value:
+            yield from value.get("blobs", ())
         for name, inner in value.items():
             if name not in ("data", "attributes", "details"):
                 yield from _refs(inner)

@@ -365,13 +365,10 @@ class Xor:
 
     digest_key: bytes | None = b"key"
 
-    def protect(self, data: bytes) -> bytes:
+    def protect(self, data: bytes, place: bytes) -> bytes:
         return bytes(byte ^ 0x5A for byte in data)
 
     reveal = protect
-
-    def redact(self, text: str) -> str:
-        return f"({len(text)} characters)"
 
 
 @pytest.mark.parametrize(
@@ -386,11 +383,26 @@ def test_hook_sees_every_payload_and_nothing_is_left_readable(value: Any) -> Non
     assert b"secret" not in stored
     assert payload.digest not in (None, StorageCodec(blobs).encode(value).digest) or isinstance(value, tuple)
     assert same(codec.decode(payload), value)
-    with pytest.raises(PayloadError, match="codec hook"):
+    with pytest.raises(PayloadError, match="encrypted"):
         StorageCodec(blobs).decode(payload)
 
 
-def test_hook_redacts_errors() -> None:
+def test_hook_is_told_the_place_of_each_payload() -> None:
+    places: list[bytes] = []
+
+    class Noting(Xor):
+        def protect(self, data: bytes, place: bytes) -> bytes:
+            places.append(place)
+            return super().protect(data, place)
+
+        reveal = protect
+
+    codec = StorageCodec(MemoryBlobs(), hook=Noting())
+    assert codec.at("order-1", "3").decode(codec.at("order-1", "3").encode("secret")) == "secret"
+    assert places == [b"order-1\x003"] * 2
+
+
+def test_hook_leaves_nothing_of_an_error_readable() -> None:
     codec = StorageCodec(MemoryBlobs(), hook=Xor())
     try:
         raise ValueError("secret")
