@@ -106,8 +106,8 @@ def test_an_expired_lease_is_marked_dead_once(
     lease.close()
     monkeypatch.setattr("pyworkflow_ray.storage.objects.leases.EXPIRE_S", -1.0)
     proxy.faults = [fault(what, "/leases/")]
-    first = orphans(store)
-    second = orphans(store)
+    first = orphans(store, states=store.lease_states(declare=True))
+    second = orphans(store, states=store.lease_states(declare=True))
     struck(proxy, what)
     assert [orphan.run_id for orphan in second.runs] == ["run"]
     assert what.startswith("stored") <= bool(first.runs)

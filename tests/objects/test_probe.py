@@ -9,7 +9,6 @@ import pytest
 from benchmarks.object_server import BUCKET, Fault, Proxy, TinyS3, environment
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, StorageError
 from pyworkflow_ray.storage.objects.storage import ObjectStorage
-from pyworkflow_ray.storage.port import open_storage
 from tests.journals import created
 
 
@@ -28,14 +27,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[TinyS3]:
 def test_a_server_that_ignores_a_condition_is_refused(tiny: TinyS3, ignored: str, what: str) -> None:
     tiny.ignores = frozenset({ignored})
     with pytest.raises(ConfigurationError, match=what):
-        open_storage(f"s3://{BUCKET}/refused-{ignored}-{tiny.port}")
+        ObjectStorage.open(f"s3://{BUCKET}/refused-{ignored}-{tiny.port}")
     assert not [key for key in tiny.objects if key.endswith("storage.json")]
 
 
 def test_a_server_that_keeps_conditions_is_taken_and_nothing_is_left(tiny: TinyS3) -> None:
-    store = open_storage(f"s3://{BUCKET}/{tiny.port}")
+    store = ObjectStorage.open(f"s3://{BUCKET}/{tiny.port}")
     assert [key.rpartition("/")[2] for key in tiny.objects] == ["storage.json"]
-    assert open_storage(f"s3://{BUCKET}/{tiny.port}").storage_id == store.storage_id
+    assert ObjectStorage.open(f"s3://{BUCKET}/{tiny.port}").storage_id == store.storage_id
 
 
 @pytest.mark.parametrize("what", ["stored-503", "stored-drop", "409", "503", "late"])
@@ -56,14 +55,14 @@ def test_of_two_makers_one_wins(proxy: Proxy) -> None:
 def test_other_objects_and_lost_storage_files_are_refused(tiny: TinyS3) -> None:
     tiny.objects["mine/notes.txt"] = b"x", 0.0
     with pytest.raises(ConfigurationError, match=r"notes\.txt"):
-        open_storage(f"s3://{BUCKET}/mine")
+        ObjectStorage.open(f"s3://{BUCKET}/mine")
     store = ObjectStorage.open(f"s3://{BUCKET}/lost")
     store.create_run(created("run", store.storage_id))
     del tiny.objects["lost/storage.json"]
     with pytest.raises(CorruptJournalError, match="restore"):
-        open_storage(f"s3://{BUCKET}/lost")
+        ObjectStorage.open(f"s3://{BUCKET}/lost")
     with pytest.raises(StorageError, match="no storage"):
-        open_storage(f"s3://{BUCKET}/nothing", create=False)
+        ObjectStorage.open(f"s3://{BUCKET}/nothing", create=False)
 
 
 @pytest.mark.parametrize(
@@ -77,5 +76,5 @@ def test_other_objects_and_lost_storage_files_are_refused(tiny: TinyS3) -> None:
 )
 def test_urls_that_name_no_storage_are_refused(url: str, why: str) -> None:
     with pytest.raises(ConfigurationError, match=why) as raised:
-        open_storage(url)
+        ObjectStorage.open(url)
     assert "secret" not in str(raised.value)

@@ -118,14 +118,14 @@ class ObstoreBucket:
         """The bucket that `url` names, with the credentials that obstore finds in the environment.
 
         Raises:
-            ConfigurationError: the extra is missing, or the URL or an environment variable can't be used.
+            ConfigurationError: obstore is missing, or the URL or an environment variable can't be used.
         """
         try:
             from obstore.exceptions import BaseError
             from obstore.store import from_url
         except ImportError:
             raise ConfigurationError(
-                f"storage={url!r} needs obstore: pip install 'pyworkflow-ray[objectstore]'"
+                f"storage={url!r} needs obstore: pip install obstore"
             ) from None
         try:
             store = from_url(

@@ -85,7 +85,7 @@ class ObjectStorage:
         """Open the storage at `url`, making it where it is missing and `create` is true; then the store is probed too.
 
         Raises:
-            ConfigurationError: the URL is none of ours, the extra is missing, the store ignores conditions, or other
+            ConfigurationError: the URL is none of ours, obstore is missing, the store ignores conditions, or other
                 objects lie there.
             StorageError: it can't be reached, holds no storage, or a newer version made it.
             CorruptJournalError: `storage.json` is damaged, or missing from a storage that holds runs.
