@@ -124,9 +124,7 @@ class ObstoreBucket:
             from obstore.exceptions import BaseError
             from obstore.store import from_url
         except ImportError:
-            raise ConfigurationError(
-                f"storage={url!r} needs obstore: pip install obstore"
-            ) from None
+            raise ConfigurationError(f"storage={url!r} needs obstore: pip install obstore") from None
         try:
             store = from_url(
                 url,
