@@ -115,8 +115,8 @@ def manifest_name(number: int) -> str:
 
 
 def numbers(files: Files) -> list[int]:
-    """Numbers of the manifests that are there, ascending."""
-    names = [name.removesuffix(".json") for name in files.list(MANIFESTS) if name.endswith(".json")]
+    """Numbers of the manifests that are there, ascending; StorageError where that can't be read."""
+    names = [name.removesuffix(".json") for name in _list(files, MANIFESTS) if name.endswith(".json")]
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
@@ -142,9 +142,16 @@ def read_manifest(files: Files, storage_id: str) -> Manifest:
     raise StorageError(f"{files.path(MANIFESTS)} changed during each of {_TRIES} readings", path=files.path(MANIFESTS))
 
 
+def _list(files: Files, directory: str) -> list[str]:
+    try:
+        return files.list(directory)
+    except OSError as error:
+        raise StorageError(f"{files.path(directory)} can't be read: {error}", path=files.path(directory)) from error
+
+
 def _check_empty(files: Files) -> None:
     """No manifest: then nothing may be there but what comes before the first."""
-    others = any(name not in (MANIFESTS, "lock") for name in files.list())
+    others = any(name not in (MANIFESTS, "lock") for name in _list(files, ""))
     if others and not numbers(files):  # nor one that was made between the two looks
         path = files.path(MANIFESTS)
         raise CorruptJournalError(f"{path} holds no manifest, though there are checkpoints: restore it", path=path)

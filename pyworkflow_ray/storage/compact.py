@@ -151,7 +151,11 @@ def _exclusive(storage: Storage) -> Iterator[None]:
     except OSError as error:
         raise disk_error("compacting", storage.root, error) from error
     try:
-        if not disk.try_lock(fd):
+        try:
+            alone = disk.try_lock(fd)
+        except OSError as error:
+            raise disk_error("locking", lock, error) from error
+        if not alone:
             raise StorageError(f"another compaction of {storage.root} is under way: wait for it", path=lock)
         yield
     finally:

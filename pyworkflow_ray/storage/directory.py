@@ -54,6 +54,13 @@ def _make_directories(root: str, disk: Disk) -> None:
     disk.sync_dir(root)
 
 
+def refuse_headless(root: str, disk: Disk) -> None:
+    """Raise CorruptJournalError where runs lie in `root`, for `storage.json` was there before the first of them."""
+    if any(listing(disk, f"{root}/runs/{shard}") for shard in listing(disk, f"{root}/runs")):
+        path = f"{root}/{STORAGE_FILE}"
+        raise CorruptJournalError(f"{path} is missing from a storage that holds runs: restore it", path=path)
+
+
 def make_storage(root: str, disk: Disk) -> None:
     """Make a storage in a directory that is missing or empty. Of several makers one wins, and all find its id."""
     if os.path.lexists(root) and not os.path.isdir(root):
@@ -66,10 +73,7 @@ def make_storage(root: str, disk: Disk) -> None:
     if STORAGE_FILE in names:
         return
     # First what is worse: beside the runs of a storage that lost its storage.json other files (checkpoints) may lie.
-    if any(listing(disk, f"{root}/runs/{shard}") for shard in listing(disk, f"{root}/runs")):
-        raise CorruptJournalError(
-            f"{root}/{STORAGE_FILE} is missing from a storage that holds runs: restore it", path=root
-        )
+    refuse_headless(root, disk)
     others = sorted(set(names) - set(DIRECTORIES))
     if others:
         raise ConfigurationError(

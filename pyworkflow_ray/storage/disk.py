@@ -75,12 +75,15 @@ class Disk:
         os.utime(path)
 
     def write_file(self, path: str, data: bytes, *, sync: bool = True) -> None:
-        """Create `path`, which must not exist, with `data`, durable but for its name."""
+        """Create `path`, which must not exist, with `data`, durable but for its name. Leaves no file where it fails."""
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         try:
             self.write(fd, data)
             if sync:
                 self.fsync(fd)
+        except OSError:  # a disk that is full stays full of what was tried again and again
+            self.unlink(path)
+            raise
         finally:
             os.close(fd)
 

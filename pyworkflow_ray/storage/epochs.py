@@ -231,26 +231,29 @@ def _put_before(base: Base, accepted: Accepted, limits: dict[int, Part], run_id:
 
 
 def _decode_epoch(number: int, data: bytes, part: Part | None, storage_id: str, run_id: str) -> _Epoch:
-    where, whole = f"run {run_id!r}, epoch {number}", data
+    where, name, whole = f"run {run_id!r}, epoch {number}", epoch_name(number), data
     if part is not None:
         if len(data) < part.length or hashlib.sha256(data[: part.length]).hexdigest() != part.sha256:
-            raise CorruptJournalError(f"{where}: its first {part.length} bytes are not those that were sealed")
+            raise CorruptJournalError(
+                f"{where}: its first {part.length} bytes are not those that were sealed", path=name
+            )
         data = data[: part.length]
     decoded = decode_records(data, chain_start(storage_id, run_id, number))
     if decoded.end == "damaged" or (decoded.end == "torn" and part is not None):
-        raise CorruptJournalError(f"{where}: {decoded.detail}")
+        raise CorruptJournalError(f"{where}: {decoded.detail}", path=name)
     bodies = decoded.bodies
     try:
         head = parse_head(bodies[0]) if bodies else None
         seal = parse_seal(bodies[1]) if number > 0 and len(bodies) > 1 else None
     except (ValidationError, ValueError, KeyError) as error:
-        raise CorruptJournalError(f"{where}: head or seal can't be read: {error}") from None
+        raise CorruptJournalError(f"{where}: head or seal can't be read: {error}", path=name) from None
     if head is None or (head.storage_id, head.run_id, head.epoch) != (storage_id, run_id, number):
         # Head (and of epoch 0 run_created) are there before the file gets its name: no crash leaves less.
-        raise CorruptJournalError(f"{where}: the file does not begin with its own head")
+        raise CorruptJournalError(f"{where}: the file does not begin with its own head", path=name)
     first_event = 1 if number == 0 else 2
     if (number == 0 and len(bodies) < 2) or (number > 0 and len(bodies) > 1 and seal is None):
-        raise CorruptJournalError(f"{where}: its {'first event' if number == 0 else 'seal'} is missing")
+        missing = "first event" if number == 0 else "seal"
+        raise CorruptJournalError(f"{where}: its {missing} is missing", path=name)
     events = bodies[first_event:]
     return _Epoch(whole, part, decoded, head.lease, seal, events, [event_place(body) for body in events])
 
@@ -267,12 +270,14 @@ def _number_events(accepted: Accepted, epochs: Mapping[int, _Epoch], limits: Map
         for place, body in zip(epochs[number].places, epochs[number].events, strict=True):
             if place != (len(accepted.records), number):
                 raise CorruptJournalError(
-                    f"run {run_id!r}, epoch {number}: event {len(accepted.records)} is missing, found {place}"
+                    f"run {run_id!r}, epoch {number}: event {len(accepted.records)} is missing, found {place}",
+                    path=epoch_name(number),
                 )
             accepted.records.append((number, body))
         if number in limits and limits[number].last_seq != accepted.last_seq:
             raise CorruptJournalError(
-                f"run {run_id!r}, epoch {number}: sealed at event {limits[number].last_seq}, found {accepted.last_seq}"
+                f"run {run_id!r}, epoch {number}: sealed at event {limits[number].last_seq}, found {accepted.last_seq}",
+                path=epoch_name(number),
             )
 
 

@@ -32,6 +32,9 @@ class ActiveIndex:
         """Idempotent, and not synced: an entry that comes back after a power loss does no harm."""
         self._disk.unlink(f"{self._directory}/{run_id}@{epoch}")
 
+    def has(self, run_id: str, epoch: int) -> bool:
+        return self._disk.exists(f"{self._directory}/{run_id}@{epoch}")
+
     def run_ids(self) -> set[str]:
         matches = map(_ENTRY.fullmatch, self._names())
         return {match[1] for match in matches if match is not None}

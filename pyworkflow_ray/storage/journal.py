@@ -115,12 +115,12 @@ def read_view(place: Place, known: View | None = None) -> View:
     """
     suspect: dict[int, bytes] | None = None
     for _ in range(_READ_TRIES):
-        layout = place.layout()
+        layout = _list(place)
         try:
             files = _read_files(place, layout)
             marker, base = _read_base(place, layout, known)
             # An epoch begun after this second look reads all that we read, so nothing of it can vanish again.
-            if place.layout().newest != layout.newest:
+            if _list(place).newest != layout.newest:
                 continue
         except FileNotFoundError:
             continue  # folded away between listing and reading: list again
@@ -136,9 +136,29 @@ def read_view(place: Place, known: View | None = None) -> View:
             return View(layout, files, accepted, events, marker, base)
         except CorruptJournalError as error:
             if files == suspect:
-                raise CorruptJournalError(f"{place.directory}: {error}", path=place.directory) from None
+                path = _damaged_path(place, layout, error.path)
+                raise CorruptJournalError(f"{path}: {error}", path=path) from None
             suspect = files
     raise StorageError(f"{place.directory} changed during each of {_READ_TRIES} readings", path=place.directory)
+
+
+def _list(place: Place) -> Layout:
+    """The files; FileNotFoundError where there is no directory of the run."""
+    try:
+        return place.layout()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise disk_error("reading", place.directory, error) from error
+
+
+def _damaged_path(place: Place, layout: Layout, name: str) -> str:
+    """The file that holds the epoch whose own file would be `name`; the directory where that is not known."""
+    if not name:
+        return place.directory
+    epoch = int(name.partition(".")[0])
+    folds = [fold_name(*fold) for fold in layout.outer_folds() if fold[0] <= epoch <= fold[1]]
+    return f"{place.directory}/{folds[0] if folds else name}"
 
 
 def _read_files(place: Place, layout: Layout) -> dict[int, bytes]:
@@ -148,7 +168,8 @@ def _read_files(place: Place, layout: Layout) -> dict[int, bytes]:
         try:
             files.update(decode_fold(first, last, data, place.storage_id, place.run_id))
         except CorruptJournalError as error:  # a fold has its name only once it is whole
-            raise CorruptJournalError(f"{place.directory}: {error}", path=place.directory) from None
+            path = f"{place.directory}/{fold_name(first, last)}"
+            raise CorruptJournalError(f"{path}: {error}", path=path) from None
     for epoch in layout.plain():
         files[epoch] = place.disk.read(place.path(epoch))
     return files
@@ -266,6 +287,9 @@ class Journal:
                 error,
                 "Nothing of this commit was acknowledged; the run goes on in a new epoch once writes succeed",
             ) from error
+        except BaseException:  # an interrupt: what the file holds is not known, and the next record would not follow it
+            self._drop("abandoned")
+            raise
         if names != self._harmless:  # a listing that was looked at before needs no second look
             if read_names(names).overtakes(self.epoch):
                 self._drop("fenced")

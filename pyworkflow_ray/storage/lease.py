@@ -98,13 +98,14 @@ def _make(storage: Storage) -> Lease:
         lease = Lease(lease_id, fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH)
-            storage.disk.link(temporary, path)
-            storage.disk.sync_dir(f"{storage.root}/leases")
+            try:
+                storage.disk.link(temporary, path)
+                storage.disk.sync_dir(f"{storage.root}/leases")
+            finally:
+                storage.disk.unlink(temporary)
         except BaseException:
             lease.close()
             raise
-        finally:
-            storage.disk.unlink(temporary)
     except OSError as error:
         raise disk_error("making lease", path, error) from error
     return lease
@@ -276,8 +277,8 @@ class Orphans:
 def orphans(storage: Storage, *, states: LeaseStates | None = None, run_ids: Iterable[str] | None = None) -> Orphans:
     """Which unfinished runs nobody holds. Leases without a holder are marked dead first, unless `states` is given.
 
-    A run that is found to have ended (a crash kept it in the index) leaves the index here. A run whose lease is
-    unknown or damaged is held: nothing proves that its owner is gone.
+    A run that is found to have ended (a crash kept it in the index) leaves the index here. A run whose lease is gone or
+    damaged is left alone and said to be damaged: nothing proves that its owner is gone.
     """
     states = lease_states(storage, declare=True) if states is None else states
     result = Orphans()
@@ -285,9 +286,24 @@ def orphans(storage: Storage, *, states: LeaseStates | None = None, run_ids: Ite
         try:
             owner = storage.owner(run_id)
             if owner.lease not in ("", RETIRED) and owner.lease not in states.dead:
-                result.held[run_id] = owner.lease
+                lost = _lost_lease(storage, owner.lease, states)
+                if lost:
+                    result.damaged[run_id] = lost
+                else:
+                    result.held[run_id] = owner.lease
             elif not storage.unlist_finished(run_id):
                 result.runs.append(Orphan(run_id, owner.epoch, owner.lease))
         except StorageError as error:
             result.damaged[run_id] = str(error)
     return result
+
+
+def _lost_lease(storage: Storage, lease_id: str, states: LeaseStates) -> str:
+    """Why nobody can tell whether the lease's holders live; "" where one can."""
+    if lease_id in states.damaged:
+        return states.damaged[lease_id]
+    path = _path(storage, lease_id, "lease")
+    # Not in the listing: made after it, or lost. A lease has its file for as long as a run names it.
+    if lease_id in states.living or storage.disk.exists(path):
+        return ""
+    return f"{path} is missing, so nothing proves that the run's owner is gone: restore it"

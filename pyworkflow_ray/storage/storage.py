@@ -40,7 +40,14 @@ from pyworkflow_ray.storage.blobs import Blobs
 from pyworkflow_ray.storage.checked import decode_checked
 from pyworkflow_ray.storage.checkpoint_files import DiskFiles
 from pyworkflow_ray.storage.checkpoint_ids import Checkpoints
-from pyworkflow_ray.storage.directory import DIRECTORIES, STORAGE_FILE, ensure_directory, listing, make_storage
+from pyworkflow_ray.storage.directory import (
+    DIRECTORIES,
+    STORAGE_FILE,
+    ensure_directory,
+    listing,
+    make_storage,
+    refuse_headless,
+)
 from pyworkflow_ray.storage.disk import DISK, Disk
 from pyworkflow_ray.storage.epochs import epoch_name
 from pyworkflow_ray.storage.index import ActiveIndex
@@ -62,6 +69,7 @@ from pyworkflow_ray.storage.record import FORMAT_VERSION, chain_start, decode_re
 logger = logging.getLogger(__name__)
 
 _HEAD_BYTES: Final = 4096  # more than any head takes
+_INDEX_TRIES: Final = 100
 
 
 @dataclass(slots=True, frozen=True)
@@ -151,6 +159,7 @@ class Storage:
         path = f"{root}/{STORAGE_FILE}"
         if not disk.exists(path):
             if not create:
+                refuse_headless(root, disk)
                 raise StorageError(f"there is no storage at {root}", path=root)
             make_storage(root, disk)
         try:
@@ -192,12 +201,12 @@ class Storage:
                 )
         fresh: dict[str, bytes] = {}
         chosen = [False] * len(events)
-        for number, event in enumerate(events):
-            taken = event.run_id in fresh or self.disk.exists(self._directory(event.run_id))
-            if not taken and not self._is_compacted(event.run_id):
-                fresh[event.run_id] = first_file(self.storage_id, event, lease)
-                chosen[number] = True
         try:
+            for number, event in enumerate(events):
+                taken = event.run_id in fresh or self.disk.exists(self._directory(event.run_id))
+                if not taken and not self._is_compacted(event.run_id):
+                    fresh[event.run_id] = first_file(self.storage_id, event, lease)
+                    chosen[number] = True
             self.ensure_directories()
             made = self._publish(fresh)
             # Again: a compaction may have removed the directory between our first look and our rename.
@@ -269,7 +278,7 @@ class Storage:
         if found is not None:
             return found
         try:
-            view = self._view(run_id)
+            view = self._indexed_view(run_id)
         except (RunNotFoundError, CorruptJournalError):
             found = self._read_compacted(run_id)  # it was compacted meanwhile, and its files removed one by one
             if found is not None:
@@ -319,6 +328,33 @@ class Storage:
         with self._finding(run_id) as place:
             return read_view(place)
 
+    def _indexed_view(self, run_id: str) -> View:
+        """The run's view, which the index must agree with: so the loss of a whole end of its history is noticed.
+
+        An entry is never missing for an unfinished run, and there is one of epoch N only once that epoch has its file.
+        """
+        view = self._view(run_id)
+        for _ in range(_INDEX_TRIES):
+            stands, newest = view.standing, view.accepted.newest
+            try:
+                listed = stands.finished or self._index.has(run_id, stands.since_epoch)
+                if listed and not self._index.has(run_id, newest + 1):
+                    return view
+            except OSError as error:
+                raise disk_error("looking into", f"{self.root}/active", error) from error
+            again = self._view(run_id)  # it may have ended, or been resumed, between the two looks
+            if again.files == view.files:
+                break
+            view = again
+        entry = f"{self.root}/active/{run_id}@{newest + 1 if listed else stands.since_epoch}"
+        what = "is there, and no file of that epoch" if listed else "is missing, as of a run that ended"
+        path = self.place(run_id).path(newest)
+        raise CorruptJournalError(
+            f"{path}: the end of run {run_id!r} is lost, or its entry in the index: its history stops at event "
+            f"{view.accepted.last_seq}, but {entry} {what}. Restore the run's directory, or the entry",
+            path=path,
+        )
+
     @contextlib.contextmanager
     def _finding(self, run_id: str) -> Iterator[Place]:
         """The run's place; RunNotFoundError where there is no run."""
@@ -331,8 +367,8 @@ class Storage:
     def owner(self, run_id: str) -> Owner:
         """Who holds the run, from the head of its newest file alone."""
         with contextlib.suppress(RunNotFoundError), self._finding(run_id) as place:
-            newest = -1 if self.is_retired(run_id) else place.layout().newest
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # what can't be read here is read, or named, below
+                newest = -1 if self.is_retired(run_id) else place.layout().newest
                 data = self.disk.read(place.path(newest), _HEAD_BYTES)
                 bodies = decode_records(data, chain_start(self.storage_id, run_id, newest)).bodies
                 head = parse_head(bodies[0]) if bodies else None
@@ -409,7 +445,10 @@ class Storage:
         with self._finding(run_id) as place:
             if first:
                 return continue_first(place, lease, on_finish)
-            ensure_directory(self.disk, place.temporary)
+            try:
+                ensure_directory(self.disk, place.temporary)
+            except OSError as error:
+                raise disk_error("making", place.temporary, error) from error
             journal, view = take_over(place, lease, on_finish, after=after)
         try:
             stands = view.standing

@@ -98,7 +98,7 @@ def test_every_flipped_bit_of_every_file_of_a_run_is_refused(storage: Storage) -
                 assemble({**files, epoch: flipped}, storage.storage_id, "run")
         for flipped in flips(data, step=331):  # and through the whole way of a reader
             (directory / f"{epoch}.journal").write_bytes(flipped)
-            with pytest.raises(CorruptJournalError, match=r"runs/../run: run 'run', epoch"):
+            with pytest.raises(CorruptJournalError, match=rf"runs/../run/{epoch}.journal: run 'run', epoch {epoch}"):
                 storage.read_run("run")
         (directory / f"{epoch}.journal").write_bytes(data)
     assert len(storage.read_run("run").events) == 4
