@@ -71,7 +71,11 @@ class Blobs:
             if not self._holds(path, data):
                 temporary = f"{self._root}/tmp/{self._disk.token()}"
                 self._disk.write_file(temporary, data)
-                self._disk.rename(temporary, path)  # replaces a damaged one
+                try:
+                    self._disk.rename(temporary, path)  # replaces a damaged one
+                except OSError:
+                    self._disk.unlink(temporary)
+                    raise
             self._disk.sync_dir(directory)
         except OSError as error:
             raise disk_error("storing", path, error) from error

@@ -105,6 +105,9 @@ class LoggedDisk(Disk):
     def size(self, path: str) -> int:
         return len(self.tree.contents[self._file(path)])
 
+    def refresh(self, path: str) -> None:
+        self._file(path)
+
     def identity(self, path: str) -> tuple[int, int, int]:
         return (self._file(path), self.size(path), 0)
 
@@ -149,6 +152,8 @@ class LoggedDisk(Disk):
 
     def rename(self, source: str, target: str) -> None:
         self._parent(target)
+        if source not in self.tree.names:
+            raise FileNotFoundError(errno.ENOENT, "no such file", source)
         if self.tree.names.get(target, 0) is None and self.listdir(target):
             raise FileExistsError(errno.EEXIST, "exists", target)
         self._do(Op("move", target, source=source))
