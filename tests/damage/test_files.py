@@ -29,9 +29,9 @@ def check(harness: Harness) -> None:
 
 def test_a_damaged_byte_is_named_or_harms_nothing(harness: Harness) -> None:
     harness._thorough = 100
-    harness.run(itertools.islice(content(harness, 1), 0, None, 4999))
+    harness.run(itertools.islice(content(harness, 1), 0, None, 2503))
     check(harness)
-    assert harness.report.total("detected") > 40
+    assert harness.report.total("detected") > 20
     assert harness.report.total("prefix") > 0
 
 
