@@ -13,6 +13,8 @@ import pyworkflow_ray as pw
 MIB = 4.0
 EXPECTED = np.random.default_rng(0).random(int(MIB * 1024 * 1024) // 8)
 
+pytestmark = pytest.mark.ray
+
 
 def blobs(storage: Path) -> set[str]:
     return {path.name for path in Path(storage, "blobs").rglob("*") if path.is_file()}
