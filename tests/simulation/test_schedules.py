@@ -12,7 +12,7 @@ import pytest
 from pyworkflow_ray.testing.programs import LEAVES, NODES
 from pyworkflow_ray.testing.simulate import main, simulate
 
-SCHEDULES = 4_000
+SCHEDULES = 10_000
 
 
 def _simulate(first: int, count: int) -> tuple[Counter[str], Counter[str]]:
@@ -32,18 +32,18 @@ def _simulate_many(schedules: int) -> tuple[Counter[str], Counter[str]]:
     return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
 
 
-def test_thousands_of_schedules_keep_every_invariant_and_every_fault_struck():
+def test_ten_thousand_schedules_keep_every_invariant_and_every_fault_struck():
     struck, ran = _simulate_many(SCHEDULES)
-    assert struck["crash"] > 4_000
-    assert min(struck["lost_before"], struck["lost_after"], struck["duplicate"]) > 400
-    assert min(struck["wake"], struck["resume"]) > 400
-    assert struck["cancel"] > 120
-    assert all(ran[name] > 200 for name in (*LEAVES, *NODES)), ran
+    assert struck["crash"] > 10_000
+    assert min(struck["lost_before"], struck["lost_after"], struck["duplicate"]) > 1_000
+    assert min(struck["wake"], struck["resume"]) > 1_000
+    assert struck["cancel"] > 300
+    assert all(ran[name] > 500 for name in (*LEAVES, *NODES)), ran
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_schedules_keep_every_invariant():
-    struck, _ = _simulate_many(100_000)
+    struck, _ = _simulate_many(10 * SCHEDULES)
     assert struck["crash"] > 100_000
 
 
