@@ -28,7 +28,7 @@ def add(n: int) -> int:
     return n + 1
 
 
-@step(max_retries=3, retry_delay=0.4, max_recoveries=100_000)
+@step(max_retries=3, retry_delay=[0.01, 0.01, 0.4], max_recoveries=100_000)  # two of them are recorded together
 def flaky(n: int, failures: int) -> int:
     """n, after `failures` failures; the simulator's world counts them."""
     raise NotImplementedError("simulated")

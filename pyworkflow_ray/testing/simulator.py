@@ -6,6 +6,7 @@ strike, each counted in `Simulation.struck`:
 * crash: the owner dies at any moment; a prefix of its unacknowledged events survives; its workers die with it;
 * lost: a worker dies in mid-step (a charged recovery), before or after the step's effect;
 * duplicate: an outcome or attempt record is delivered twice, or again after its dispatch was replaced;
+* together: attempt records that are told together, in part before the outcome, in part with it;
 * slow_sync: an append stays unacknowledged for long; late: steps end in any order;
 * wake: a person wakes the run at any moment; resume: one who has mended what it failed of, or paused at (its limit of
   events), has it go on; cancel: one cancels it, whatever its body does then.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +33,8 @@ from pyworkflow_ray.engine.commands import Append, CancelDispatch, Dispatch, Eff
 from pyworkflow_ray.engine.driver import Driver
 from pyworkflow_ray.engine.events import (
     AttemptFailed,
+    AttemptNote,
+    AttemptsFailed,
     CodeEnvironment,
     CodeRef,
     Event,
@@ -41,6 +45,7 @@ from pyworkflow_ray.engine.events import (
     StepStarted,
 )
 from pyworkflow_ray.engine.history import History, failed_positions
+from pyworkflow_ray.execution.records import Failure, Records
 from pyworkflow_ray.resilience.retry import Retry, Stop, decide
 from pyworkflow_ray.resilience.taxonomy import classify
 from pyworkflow_ray.storage.codec import StorageCodec
@@ -108,6 +113,7 @@ class Simulator:
         self._cancel_at = cancel_at
         self._mend = mend
         self._done: dict[str, tuple[str, str]] = {}  # what had completed after a failure that a resume took back
+        self._records: dict[tuple[int, str, int], Records] = {}  # of each dispatch
         self._unknown: set[str] = set()  # positions of steps that may not be executed again
         self.codec: Codec = StorageCodec(MemoryBlobs())
         self.store = MemoryStore()
@@ -285,6 +291,7 @@ class Simulator:
         match effect:
             case Append(events):
                 self.store.append(events)
+                self.result.struck["together"] += sum(isinstance(event, AttemptsFailed) for event in events)
                 slow = self._rng.random() < 0.2
                 self._at(self._rng.uniform(0.0, 0.5 if slow else 0.01), lambda: self._sync(driver))
             case Dispatch(call):
@@ -326,7 +333,7 @@ class Simulator:
         begun = StepStarted(
             position=call.position, dispatch=call.dispatch, attempt=call.first_attempt, started_at=started
         )
-        self._send(driver, lambda d: d.record(begun, self._now))
+        self._note(driver, begun)
         self._at(took, lambda: self._finish(driver, call, started))
 
     def _finish(self, driver: Driver, call: StepCall, started: float) -> None:
@@ -344,6 +351,7 @@ class Simulator:
         self.result.executions.append((call.position, repr(args)))
         attempt = call.first_attempt
         outcome = Outcome(call.position, call.dispatch, "completed", attempt, started_at=started, ended_at=self._now)
+        outcome.attempts = self._records_of(driver, call).all()
         try:
             outcome.result = self.codec.encode(self._steps[call.step](*args))
         except Exception as error:
@@ -361,25 +369,21 @@ class Simulator:
         info = self.codec.encode_error(error, kind)
         choice = decide(error, kind, call.policy, now=self._now, rng=self._rng, retries_used=call.retries_used)
         retry = choice if isinstance(choice, Retry) else None
-        record = AttemptFailed(
-            position=call.position,
-            dispatch=call.dispatch,
-            attempt=outcome.attempt,
-            started_at=outcome.started_at,
-            ended_at=self._now,
-            error=info,
-            delay_s=retry.delay_s if retry else None,
-            delay_reason=retry.reason if retry else None,
-            retry_at=retry.retry_at if retry else None,
-        )
+        records = self._records_of(driver, call)
+        wait = (retry.delay_s, retry.reason, retry.retry_at) if retry else (None, None, None)
+        failure = Failure(outcome.attempt, outcome.started_at, self._now, info, *wait)
         if retry is not None and retry.delay_s <= self._limits.park_after_s and self._rng.random() < 0.7:
-            self._send(driver, lambda d: d.record(record, self._now))
+            records.failed(failure)
+            if self._rng.random() < 0.3:  # the worker's watch looks
+                for note in records.take():
+                    self._note(driver, note)
             call.first_attempt += 1
             call.retries_used += 1
             call.not_before = retry.retry_at
             self._at(retry.delay_s, lambda: self._execute(driver, call))
             return
-        outcome.attempts = [record]
+        records.failed(failure)
+        outcome.attempts = records.all()
         if retry is not None:
             outcome.status, outcome.retry_at = "handed_back", retry.retry_at
         else:
@@ -389,6 +393,18 @@ class Simulator:
                 choice.why if isinstance(choice, Stop) else "",
             )
         self._send(driver, lambda d: d.outcome(outcome, self._now))
+
+    def _records_of(self, driver: Driver, call: StepCall) -> Records:
+        """What the worker of this dispatch has recorded: told one by one, or gathered until somebody looks."""
+        key = (self._epoch, call.position, call.dispatch)
+        if key not in self._records:
+            gather_s = math.inf if self._rng.random() < 0.7 else 0.0
+            report: Callable[[AttemptNote], None] = lambda note: self._note(driver, note)  # noqa: E731
+            self._records[key] = Records(call.position, call.dispatch, report=report, gather_s=gather_s)
+        return self._records[key]
+
+    def _note(self, driver: Driver, note: AttemptNote) -> None:
+        self._send(driver, lambda d: d.record(note, self._now))
 
     def _lose(self, driver: Driver, call: StepCall) -> None:
         self._at(
@@ -420,7 +436,8 @@ def _brief(effect: Effect) -> str:
 
 
 def check_invariants(simulation: Simulation) -> None:
-    """Dense seq, one end, nothing after it but a resume, each completion once (unless a resume took it back).
+    """Dense seq, one end, nothing after it but a resume; each completion and failed attempt once (unless a resume took
+    it back).
 
     Raises:
         AssertionError: one is broken; the message has the seed.
@@ -437,6 +454,10 @@ def check_invariants(simulation: Simulation) -> None:
         if isinstance(event, StepCompleted):
             assert event.position not in completed, f"{where}: {event.position} is completed more than once"
             completed.add(event.position)
+        if isinstance(event, (AttemptFailed, AttemptsFailed)):
+            failed = {event.attempt} if isinstance(event, AttemptFailed) else set(range(event.first, event.last + 1))
+            twice = failed & history.steps[event.position].failed_attempts
+            assert not twice, f"{where}: attempts {sorted(twice)} of {event.position} are recorded more than once"
         history.apply(event)
         if isinstance(event, RunActivated) and event.resets:
             again = {getattr(late, "position", "") for late in history.deferred}  # recorded again, executed never

@@ -7,7 +7,7 @@ import pytest
 from pyworkflow_ray.engine import known
 from pyworkflow_ray.engine.commands import Append, Dispatch
 from pyworkflow_ray.engine.driver import Driver
-from pyworkflow_ray.engine.history import History
+from pyworkflow_ray.engine.history import History, StepState
 from pyworkflow_ray.engine.machine import Machine
 from pyworkflow_ray.errors import PyWorkflowError
 from pyworkflow_ray.testing.simulate import simulate
@@ -126,6 +126,10 @@ def _count_the_events_on_after_a_resume(monkeypatch):
     monkeypatch.setattr(History, "_activated", keep_counting)
 
 
+def _record_attempts_again_that_were_told_before(monkeypatch):
+    monkeypatch.setattr(StepState, "unseen", lambda self, record: record)
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
@@ -141,6 +145,7 @@ def _count_the_events_on_after_a_resume(monkeypatch):
         _forget_what_came_after_the_failure,
         _count_the_events_on_after_a_resume,
         _execute_what_is_known_again,
+        _record_attempts_again_that_were_told_before,
     ],
     ids=lambda mutant: mutant.__name__.strip("_"),
 )

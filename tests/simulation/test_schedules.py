@@ -38,6 +38,7 @@ def test_ten_thousand_schedules_keep_every_invariant_and_every_fault_struck():
     assert min(struck["lost_before"], struck["lost_after"], struck["duplicate"]) > 1_000
     assert min(struck["wake"], struck["resume"]) > 1_000
     assert struck["cancel"] > 300
+    assert struck["together"] > 400
     assert all(ran[name] > 500 for name in (*LEAVES, *NODES)), ran
 
 
