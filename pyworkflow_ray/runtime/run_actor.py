@@ -31,6 +31,7 @@ from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, Fence
 from pyworkflow_ray.execution.code import load_workflow
 from pyworkflow_ray.execution.environment import enter_environment
 from pyworkflow_ray.execution.interrupt import Interrupt
+from pyworkflow_ray.execution.records import FAST_S
 from pyworkflow_ray.runtime import faults
 from pyworkflow_ray.runtime.active_run import ActiveRun
 from pyworkflow_ray.runtime.hosts import Host, Hosts
@@ -45,7 +46,6 @@ log = logging.getLogger("pyworkflow_ray.run_actor")
 
 GROUPS = {"run": 1, "steps": 4, "control": 4}
 _PROGRESS_S = 0.05  # a batch that takes longer is reported on, and what has not begun is given back
-_TELL_S = 0.05  # attempts of a local step that follow each other sooner are told together
 _IDLE_WAIT_S = 30.0
 
 
@@ -378,7 +378,7 @@ class RunActor:
                     self._active.record_locked(note)  # type: ignore[union-attr]
 
         # the start of a local attempt is told by its end
-        outcome = run_call(call, self._process, report=report, interrupt=interrupt, starts=False, gather_s=_TELL_S)
+        outcome = run_call(call, self._process, report=report, interrupt=interrupt, starts=False, gather_s=FAST_S)
         with self._lock:
             self._interrupts.pop((call.position, call.dispatch), None)
             if self._is_active(call):

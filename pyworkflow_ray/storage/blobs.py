@@ -1,15 +1,11 @@
 """Content-addressed files: code snapshots, large payloads, the buffers of arrays and tables.
 
-Called by `storage`, `garbage` and, through the storage, by the codec; calls `disk` and `memory`. A blob is written
-once, durable when its name is given, checked by its hash whenever it is read, and large ones are mapped rather than
-read. Faults: a crash between any two calls, a full disk, a damaged file, other processes that write the same blob, and
-a collector (`garbage`) that takes away what no run names.
+Called by `storage` and, through it, by the codec; calls `disk` and `memory`. A blob is written once, durable when its
+name is given, checked by its hash whenever it is read, and large ones are mapped rather than read. Nothing removes
+blobs. Faults: a crash between any two calls, a full disk, a damaged file, other processes that write the same blob.
 
 A gigabyte is hashed in one thread while another writes it and a third makes what is written durable, so that it takes
 as long as the slowest of the three.
-
-Nothing removes blobs yet. So that something can, whoever names a blob in a new record gives it a new time first, and a
-reader who finds it under its second name only (SHA256.condemned, set aside) takes it back.
 """
 
 from __future__ import annotations
@@ -19,9 +15,9 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeVar
+from typing import Final
 
 from pyworkflow_ray.errors import CorruptJournalError, StorageError
 from pyworkflow_ray.storage import memory
@@ -29,10 +25,7 @@ from pyworkflow_ray.storage.directory import ensure_directory
 from pyworkflow_ray.storage.disk import Disk
 from pyworkflow_ray.storage.journal import disk_error
 
-T = TypeVar("T")
-
-CONDEMNED: Final = ".condemned"
-FRESH_S: Final = 3600.0  # a blob is looked at again after so long; far less than a collector waits
+FRESH_S: Final = 3600.0  # a blob is looked at again after so long
 _MAPPED_BYTES: Final = 256 * 1024  # larger blobs are mapped
 _PIECE_BYTES: Final = 8 * 1024 * 1024
 _SYNCED_BYTES: Final = 64 * 1024 * 1024  # so much is written before it is made durable beside the writing
@@ -143,14 +136,11 @@ class Blobs:
         return digest, True
 
     def keep(self, digest: str) -> bool:
-        """Make sure that a blob stays: whoever names it in a new record calls this first. False where it is gone."""
+        """Whether a blob is there: whoever names it in a new record without storing it calls this first."""
         if self._is_fresh(digest):
             return True
-        try:
-            if not self._refresh(self.path(digest)):
-                return False
-        except OSError as error:
-            raise disk_error("keeping", self.path(digest), error) from error
+        if not self._disk.exists(self.path(digest)):
+            return False
         self._seen[digest] = time.monotonic()
         return True
 
@@ -158,32 +148,16 @@ class Blobs:
         seen = self._seen.get(digest)
         return seen is not None and time.monotonic() - seen < FRESH_S
 
-    def _refresh(self, path: str) -> bool:
-        """Give the file the present time, taking it back from a collector; False where it is not there."""
-        try:
-            self._disk.refresh(path)
-        except FileNotFoundError:
-            return self._take_back(path) and self._refresh(path)
-        return True
-
-    def _take_back(self, path: str) -> bool:
-        try:
-            self._disk.rename(path + CONDEMNED, path)
-        except FileNotFoundError:
-            return False
-        return True
-
     def _holds(self, path: str, data: bytes) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            return self._refresh(path) and self._disk.read(path) == data
+            return self._disk.read(path) == data
         return False
 
     def _is_intact(self, digest: str) -> bool:
         path = self.path(digest)
         with contextlib.suppress(OSError, CorruptJournalError):
-            if self._refresh(path):
-                self._map(path, digest)
-                return True
+            self._map(path, digest)
+            return True
         return False
 
     # Reading
@@ -197,7 +171,7 @@ class Blobs:
         """
         path = self._checked_path(digest)
         try:
-            data = self._found(path, self._disk.read)
+            data = self._disk.read(path)
         except OSError as error:
             raise disk_error("reading", path, error) from error
         if hashlib.sha256(data).hexdigest() != digest:
@@ -208,7 +182,7 @@ class Blobs:
         """The bytes stored under `digest`, read-only; a large blob is mapped, not read. Raises as `get`."""
         path = self._checked_path(digest)
         try:
-            return self._found(path, lambda found: self._map(found, digest))
+            return self._map(path, digest)
         except OSError as error:
             raise disk_error("reading", path, error) from error
 
@@ -222,14 +196,6 @@ class Blobs:
         if _digest_of(view) != digest:
             raise _damaged(path)
         return memory.remember(view, digest)
-
-    def _found(self, path: str, read: Callable[[str], T]) -> T:
-        try:
-            return read(path)
-        except FileNotFoundError:
-            if not self._take_back(path):
-                raise
-            return read(path)
 
     # Paths
 

@@ -70,10 +70,6 @@ class Disk:
         """A descriptor for a new file; FileExistsError where it exists."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
 
-    def refresh(self, path: str) -> None:
-        """Give a file the present time."""
-        os.utime(path)
-
     def write_file(self, path: str, data: bytes, *, sync: bool = True) -> None:
         """Create `path`, which must not exist, with `data`, durable but for its name. Leaves no file where it fails."""
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)

@@ -526,7 +526,7 @@ class Storage:
         return self.blobs.open(digest)
 
     def keep_blob(self, digest: str) -> bool:
-        """Whether the blob is there and stays for whoever names it in a record within the hour."""
+        """Whether the blob is there, asked before a record names it; looked at once an hour."""
         return self.blobs.keep(digest)
 
     # Paths

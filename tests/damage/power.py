@@ -105,9 +105,6 @@ class LoggedDisk(Disk):
     def size(self, path: str) -> int:
         return len(self.tree.contents[self._file(path)])
 
-    def refresh(self, path: str) -> None:
-        self._file(path)
-
     def identity(self, path: str) -> tuple[int, int, int]:
         return (self._file(path), self.size(path), 0)
 

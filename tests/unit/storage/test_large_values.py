@@ -17,7 +17,6 @@ import pytest
 from pyworkflow_ray.engine.events import Payload, StepCompleted
 from pyworkflow_ray.errors import CorruptJournalError, PayloadError, StorageError
 from pyworkflow_ray.storage import memory
-from pyworkflow_ray.storage.blobs import CONDEMNED
 from pyworkflow_ray.storage.codec import StorageCodec
 from pyworkflow_ray.storage.disk import Disk
 from pyworkflow_ray.storage.storage import Storage
@@ -221,14 +220,6 @@ def test_a_missing_blob_is_a_clear_error(storage: Storage) -> None:
     next(Path(storage.root, "blobs").rglob(payload.blobs[0])).unlink()
     with pytest.raises(StorageError, match=payload.blobs[0]):
         StorageCodec(Storage.open(storage.root)).decode(payload)
-
-
-def test_a_blob_that_a_collector_set_aside_is_taken_back(storage: Storage) -> None:
-    payload = StorageCodec(storage).encode(array(4))
-    path = next(Path(storage.root, "blobs").rglob(payload.blobs[0]))
-    path.rename(f"{path}{CONDEMNED}")
-    assert equal(StorageCodec(Storage.open(storage.root)).decode(payload), array(4))
-    assert path.exists()
 
 
 def test_a_failed_sync_stores_nothing(tmp_path: Path) -> None:
