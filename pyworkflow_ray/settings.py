@@ -60,8 +60,10 @@ class Settings(BaseSettings):
 
     @field_validator("storage", mode="after")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return Path(os.path.abspath(value.expanduser()))
+    def _directory(cls, value: Path) -> Path:
+        from pyworkflow_ray.storage.directory import directory_of
+
+        return Path(directory_of(value))
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -70,8 +70,9 @@ def watch_options(command: F) -> F:
 
 def storage_root(given: Path | None) -> Path:
     """The storage directory that a command means."""
-    chosen = given or Path(os.environ.get("PYWORKFLOW_STORAGE") or DEFAULT_STORAGE)
-    return Path(os.path.abspath(chosen.expanduser()))
+    from pyworkflow_ray.storage.directory import directory_of
+
+    return Path(directory_of(given or os.environ.get("PYWORKFLOW_STORAGE") or DEFAULT_STORAGE))
 
 
 class LocalZone(dt.tzinfo):

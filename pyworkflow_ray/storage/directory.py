@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from typing import Final
 
@@ -20,6 +21,23 @@ from pyworkflow_ray.storage.record import FORMAT_VERSION
 
 STORAGE_FILE: Final = "storage.json"
 DIRECTORIES: Final = ("active", "runs", "blobs", "leases", "tmp")
+
+
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has made one slash of two; C:/ is none
+
+
+def directory_of(path: str | os.PathLike[str]) -> str:
+    """The absolute path of a storage directory, `~` expanded. Called by whatever takes one from a person.
+
+    Raises:
+        ConfigurationError: it is a URL, of which a directory of that name would be made unnoticed.
+    """
+    text = os.fspath(path)
+    if _URL.match(text):
+        raise ConfigurationError(
+            f"storage={text!r}: object stores are not available in this version. Use a directory on a local disk"
+        )
+    return os.path.abspath(os.path.expanduser(text))
 
 
 def listing(disk: Disk, path: str) -> list[str]:

@@ -5,14 +5,14 @@ a crash between any two calls, other processes doing the same, a full disk, dama
 
     storage.json                     storage id and format version
     active/RUN@EPOCH                 the index of unfinished runs: empty files, see `index`
-    runs/HH/RUN/EPOCH.journal        a directory a run, for its whole life (HH: two digits of the id's SHA-256)
+    runs/HH/RUN/EPOCH.journal        a directory a run, until it is compacted (HH: two digits of the id's SHA-256)
     blobs/HH/SHA256                  content-addressed bytes: code snapshots, large payloads
     leases/                          see `lease`
     checkpoints/                     compacted runs, see `checkpoint`
     tmp/                             files and directories that have no name yet
 
-A run's directory appears at once with its whole first file (rename of a directory), so its name alone decides that an
-id is taken: creation can't race with a run that finishes, for finishing moves nothing.
+A run's directory appears at once with its whole first file (rename of a directory), so of several makers one wins, and
+creation can't race with a run that finishes, for finishing moves nothing. Ids of compacted runs: see `checkpoint_ids`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from pyworkflow_ray.storage.checkpoint_ids import Checkpoints
 from pyworkflow_ray.storage.directory import (
     DIRECTORIES,
     STORAGE_FILE,
+    directory_of,
     ensure_directory,
     listing,
     make_storage,
@@ -124,16 +125,11 @@ class Storage:
         """Open the storage at `path` (`~` is expanded), making it where it is missing and `create` is true.
 
         Raises:
-            ConfigurationError: `path` is on a network file system, is no directory, or holds other files.
+            ConfigurationError: `path` is a URL, is on a network file system, is no directory, or holds other files.
             StorageError: it can't be read or made, or a newer version made it.
             CorruptJournalError: `storage.json` is damaged, or missing from a directory that holds runs.
         """
-        if "://" in os.fspath(path):  # a directory of that name would be made, and nobody would know
-            raise ConfigurationError(
-                f"storage={os.fspath(path)!r}: object stores are not available in this version. Use a directory on a "
-                "local disk"
-            )
-        root = os.path.abspath(os.path.expanduser(os.fspath(path)))
+        root = directory_of(path)
         if "\0" in root:
             raise ConfigurationError(f"storage={root!r} is no path")
         kind = network_file_system(root)

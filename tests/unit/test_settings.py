@@ -72,6 +72,17 @@ def test_duration_text_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().worker_wait_max == 2.0
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/runs", "gs://bucket"])
+def test_an_url_as_storage_is_refused(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pw.ConfigurationError, match="object stores are not available in this version"):
+        load_settings(storage=url)
+    monkeypatch.setenv("PYWORKFLOW_STORAGE", url)
+    with pytest.raises(pw.ConfigurationError, match="object stores are not available in this version"):
+        load_settings()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_relative_storage_becomes_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_settings(storage="runs").storage == tmp_path / "runs"
