@@ -17,7 +17,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from pyworkflow_ray.storage.disk import Disk
 
@@ -108,6 +108,16 @@ class LoggedDisk(Disk):
     def identity(self, path: str) -> tuple[int, int, int]:
         return (self._file(path), self.size(path), 0)
 
+    def map(self, path: str) -> Any:
+        return self.read(path)
+
+    def refresh(self, path: str) -> None:
+        self._file(path)
+
+    def create(self, path: str) -> int:
+        self._create(path)
+        return self.open_append(path)
+
     def write_file(self, path: str, data: bytes, *, sync: bool = True) -> None:
         self._create(path)
         fd = len(self._descriptors)
@@ -181,8 +191,8 @@ class LoggedDisk(Disk):
     def try_lock(self, fd: int) -> bool:
         return True
 
-    def write(self, fd: int, data: bytes) -> None:
-        self._write(self._descriptors[fd], data)
+    def write(self, fd: int, data: bytes | memoryview) -> None:
+        self._write(self._descriptors[fd], bytes(data))
 
     def fdatasync(self, fd: int) -> None:
         self.log.append(Op("sync", file=self._descriptors[fd]))
