@@ -159,7 +159,8 @@ def _exclusive(storage: Storage) -> Iterator[None]:
             raise StorageError(f"another compaction of {storage.root} is under way: wait for it", path=lock)
         yield
     finally:
-        disk.close(fd)
+        with contextlib.suppress(OSError):  # the descriptor is gone all the same, and the lock with it
+            disk.close(fd)
 
 
 class _Work:

@@ -239,6 +239,7 @@ def _declare_dead(storage: Storage, lease_id: str) -> bool:
             fcntl.flock(fd, fcntl.LOCK_SH)
             return _is_dead(storage, lease_id)
         decode_checked(f"leases/{lease_id}.lease", storage.disk.read(path), path)
+        storage.ensure_directories()  # a copy may have lost the empty ones
         temporary = f"{storage.root}/tmp/{storage.disk.token()}"
         storage.disk.write_file(temporary, encode_checked(f"leases/{lease_id}.dead", _content(storage, lease_id)))
         try:

@@ -208,6 +208,7 @@ class LoggedDisk(Disk):
 
 def states_after(start: Tree, log: Sequence[Op], seed: int = 0) -> Iterator[tuple[str, Tree]]:
     """Every state that a power loss after the last of `log` may leave, with what was lost in it."""
+    moved = tuple(f"{op.source}/" for op in log if op.call == "move")
     unsure_names: list[int] = []
     unsure_data: dict[int, tuple[bytes, bytes]] = {}  # file to what is sure of it and what is not
     whole = dict(start.contents)
@@ -222,11 +223,12 @@ def states_after(start: Tree, log: Sequence[Op], seed: int = 0) -> Iterator[tupl
             unsure_data[op.file] = (whole.get(op.file, b""), b"")
         elif op.call == "syncdir":
             unsure_names = [n for n in unsure_names if os.path.dirname(log[n].path) != op.path]
-        elif not _temporary(op.path):
+        elif not _temporary(op.path) or op.path.startswith(moved):
             unsure_names.append(number)
-    moved = tuple(op.source for op in log if op.call == "move")
     made = [op for op in log if op.call == "make" and op.file is not None]
-    named = {op.file for op in made if not _temporary(op.path) or op.path.startswith(moved)} | set(start.contents)
+    renamed = {op.source for op in log if op.call == "move"}
+    named = {op.file for op in made if not _temporary(op.path) or op.path in renamed or op.path.startswith(moved)}
+    named |= set(start.contents)
     torn = [file for file, (_, unsure) in unsure_data.items() if unsure and file in named]
     for lost in _choices(unsure_names, seed):
         for ends in itertools.product(range(4), repeat=len(torn)):

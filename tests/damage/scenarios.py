@@ -100,7 +100,14 @@ def _append(
         if n == 0:
             events[0] = RunActivated(seq=seq, at=1.0, epoch=journal.epoch)
         ledger.attempts(run_id, *events)
-        journal.append(events).result()
+        try:
+            journal.append(events).result()
+        except BaseException:
+            with contextlib.suppress(StorageError):  # whoever tries once more is refused, or acknowledged in truth
+                ledger.attempts(run_id, *events)
+                journal.append(events).result()
+                ledger.has(run_id, *events)
+            raise
         ledger.has(run_id, *events)
         seq += 2
     if end:

@@ -11,11 +11,15 @@ from typing import Any, Final
 from pyworkflow_ray.storage.disk import Disk
 from tests.damage.power import LoggedDisk
 
-MODES: Final = ("EIO", "ENOSPC", "done but EIO", "crash before", "crash after")
+MODES: Final = ("EIO", "ENOSPC", "done but EIO", "interrupted", "crash before", "crash after")
 
 
 class Crash(BaseException):
     """The process is gone: nothing of it runs any more. No code catches it by accident."""
+
+
+class Interrupt(BaseException):
+    """As a KeyboardInterrupt in mid-call: the process goes on, and may use again what it was using."""
 
 
 class _Striking:
@@ -54,6 +58,8 @@ class _Striking:
             act(*args, **kwargs)
         elif name == "write":
             act(args[0], args[1][: len(args[1]) // 2])  # half of it is there
+        if self.mode == "interrupted":
+            raise Interrupt(self.struck)
         if self.mode.startswith("crash"):
             self.dead = True
             raise Crash(self.struck)

@@ -16,7 +16,7 @@ from pyworkflow_ray.storage.disk import Disk
 from pyworkflow_ray.storage.storage import Storage
 from tests.damage.power import LoggedDisk
 from tests.damage.scenarios import IN_MEMORY, SCENARIOS, Ledger, Scenario, check_storage, clean
-from tests.damage.striking import MODES, Crash, StrikingDisk, StrikingMemory
+from tests.damage.striking import MODES, Crash, Interrupt, StrikingDisk, StrikingMemory
 
 
 def strike(root: str, scenario: Scenario, disk: StrikingDisk | StrikingMemory, ledger: Ledger, healthy: Disk) -> bool:
@@ -26,14 +26,14 @@ def strike(root: str, scenario: Scenario, disk: StrikingDisk | StrikingMemory, l
     error: BaseException | None = None
     try:
         scenario.act(Storage(storage.root, storage.storage_id, disk), ledger)
-    except (Exception, Crash) as raised:
+    except (Exception, Crash, Interrupt) as raised:
         error = raised
     if not disk.struck:
         assert error is None
         return False
     context = f"scenario {scenario.name!r}, {disk.struck}: {error!r}"
     try:
-        if not isinstance(error, Crash):
+        if not isinstance(error, (Crash, Interrupt)):
             assert clean(error), f"not our error: {error!r}"
             del error
             assert set(os.listdir("/proc/self/fd")) <= open_before, "descriptors are left open"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pyworkflow_ray.engine.events import RunActivated
 from pyworkflow_ray.errors import CorruptJournalError, FencedError, PayloadError, StorageError
 from pyworkflow_ray.storage.epochs import assemble, decode_fold, encode_fold
 from pyworkflow_ray.storage.journal import Journal
@@ -179,6 +180,57 @@ def test_a_damaged_run_gets_no_new_epoch_and_hides_no_other(storage: Storage) ->
     assert [entry.name for entry in path.parent.iterdir()] == ["0.journal"]
     assert storage.list_run_ids() == ["other", "run"]
     assert len(storage.read_run("other").events) == 2
+
+
+def test_a_lost_end_of_a_run_that_had_ended_is_refused(storage: Storage) -> None:
+    make_run(storage, events=1)
+    journal, _ = storage.activate("run", "")
+    journal.append([ended(2)]).result()
+    journal.finish()
+    path = run_directory(storage) / "1.journal"
+    whole = path.read_bytes()
+    for lost in (b"".join(whole.splitlines(keepends=True)[:-1]), whole[:-4]):
+        path.write_bytes(lost)
+        with pytest.raises(CorruptJournalError, match=r"run/1\.journal: the end of run 'run' is lost"):
+            storage.read_run("run")
+    path.write_bytes(whole)
+    assert storage.read_run("run").finished
+
+
+def test_a_lost_epoch_of_a_resumed_run_and_a_lost_entry_of_the_index_are_refused(storage: Storage) -> None:
+    make_run(storage)
+    journal, _ = storage.activate("run", "")
+    journal.append([ended(1)]).result()
+    journal.finish()
+    resumed, _ = storage.activate("run", "")
+    resumed.append([RunActivated(seq=2, at=2.0, epoch=2)]).result()
+    resumed.close()
+    entry, epoch = Path(storage.root, "active", "run@2"), run_directory(storage) / "2.journal"
+    for path in (entry, epoch):
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(CorruptJournalError, match="active/run@2"):
+            storage.read_run("run")
+        path.write_bytes(content)
+    assert len(storage.read_run("run").events) == 3
+
+
+def test_a_journal_whose_append_was_interrupted_takes_no_more(tmp_path: Path) -> None:
+    disk = FaultyDisk()
+    storage = Storage.open(tmp_path / "s", disk=disk)
+    make_run(storage)
+    journal = taken(storage, 0)
+
+    def interrupt(call: str, what: Any) -> None:
+        if call == "fdatasync":
+            raise KeyboardInterrupt
+
+    disk.fault = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        journal.append([fired(1)])
+    disk.fault = lambda *_: None
+    with pytest.raises(StorageError, match="abandoned"):
+        journal.append([fired(1)]).result()
 
 
 # Owners -----------------------------------------------------------------------------------------------------------

@@ -197,3 +197,11 @@ def test_a_lease_that_another_process_is_declaring_dead_is_found_dead(tmp_path: 
             seen = list(pool.map(lambda _: dead_leases(Storage.open(tmp_path)), range(4)))
         assert all(lease_id in leases for leases in seen)
         (tmp_path / "leases" / f"{lease_id}.dead").unlink()
+
+
+def test_a_copy_that_lost_its_empty_directories_is_recovered(storage: Storage) -> None:
+    lease = Lease.join(storage)
+    make_run(storage, lease=lease.id)
+    lease.close()
+    Path(storage.root, "tmp").rmdir()
+    assert [orphan.run_id for orphan in orphans(storage).runs] == ["run"]
