@@ -1,6 +1,7 @@
 """`python -m benchmarks.damage`: damage a store in every way, and print what its engine answered.
 
-Calls `harness`. With `--step 1` every bit and every length is tried (about an hour); the default takes some minutes.
+Calls `harness`. `--engine dbos` does the same to DBOS on SQLite. With `--step 1` every bit and every length is tried,
+which takes hours; the default takes some minutes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.damage import damages
+from benchmarks.damage.dbos_store import DbosStore
 from benchmarks.damage.harness import OUTCOMES, Engine, Harness, Report
 from benchmarks.damage.ours import Ours
 
@@ -62,10 +64,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.damage")
     parser.add_argument("--step", type=int, default=29, help="every so many bits and lengths (1: all)")
     parser.add_argument("--thorough", type=int, default=211, help="every so many damages all calls are asked")
+    parser.add_argument("--engine", choices=["ours", "dbos"], default="ours", help="dbos needs the group `bench`")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     began = time.perf_counter()
-    report = damage_all(Ours(), options.step, options.thorough)
+    report = damage_all(Ours() if options.engine == "ours" else DbosStore(), options.step, options.thorough)
     if options.json:
         counts = [[*key, count] for key, count in sorted(report.counts.items())]
         print(json.dumps({"engine": report.engine, "counts": counts, "worst": report.worst}))

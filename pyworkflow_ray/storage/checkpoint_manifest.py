@@ -187,7 +187,11 @@ def decode_manifest(number: int, data: bytes, storage_id: str, path: str) -> Man
     if content["format"] != FORMAT:
         raise StorageError(f"{path} has format {content['format']!r}: upgrade pyworkflow-ray", path=path)
     if content["storage_id"] != storage_id:
-        raise CorruptJournalError(f"{path} belongs to storage {content['storage_id']}: remove it", path=path)
+        raise CorruptJournalError(
+            f"{path} belongs to storage {content['storage_id']}, and storage.json says {storage_id}: "
+            "one of the two was brought from elsewhere, restore it",
+            path=path,
+        )
     return Manifest(
         number=content["number"],
         batches=tuple(_batch(raw) for raw in content["batches"]),

@@ -237,6 +237,6 @@ def broken(patch: pytest.MonkeyPatch, exhibit: Exhibit) -> None:
 
 def _put_everywhere(patch: pytest.MonkeyPatch, home: Any, name: str, original: Any, made: Callable[..., Any]) -> None:
     for module in list(sys.modules.values()):
-        if module is not home and getattr(module, "__name__", "").startswith("pyworkflow_ray.storage"):
-            if vars(module).get(name) is original:
-                patch.setattr(module, name, made)
+        inside = module is not home and getattr(module, "__name__", "").startswith("pyworkflow_ray.storage")
+        if inside and vars(module).get(name) is original:
+            patch.setattr(module, name, made)

@@ -111,9 +111,6 @@ class LoggedDisk(Disk):
     def map(self, path: str) -> Any:
         return self.read(path)
 
-    def refresh(self, path: str) -> None:
-        self._file(path)
-
     def create(self, path: str) -> int:
         self._create(path)
         return self.open_append(path)

@@ -1,6 +1,8 @@
 """Every file of a store damaged in every way, and every call that reads it asked: no answer is wrong without saying so.
 
-`make test` takes a sample, `make test-all` every bit and every length. The harness is benchmarks/damage.
+`make test` takes a sample, `make test-all` every seventh bit and length and every block and file; each bit takes
+hours: `python -m benchmarks.damage --step 1`. tests/unit/storage flips every bit of journals, leases and
+storage.json.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ def test_a_file_in_another_place_is_named_or_harms_nothing(harness: Harness) -> 
 
 
 @pytest.mark.slow
-def test_each_damaged_bit_is_named_or_harms_nothing(harness: Harness) -> None:
+def test_every_seventh_bit_damaged_is_named_or_harms_nothing(harness: Harness) -> None:
     harness._thorough = 997
-    harness.run(content(harness, 3))
+    harness.run(content(harness, 7))
     check(harness)
 
 

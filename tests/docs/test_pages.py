@@ -17,7 +17,9 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
-@pytest.mark.parametrize("page", ["breakers.md", "checkpoints.md", "migration.md", "retries.md", "testing.md"])
+@pytest.mark.parametrize(
+    "page", ["breakers.md", "checkpoints.md", "damage.md", "migration.md", "retries.md", "testing.md"]
+)
 def test_the_blocks_of_the_page_do_what_it_says(page: str, tmp_path: Path) -> None:
     blocks = BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
     assert blocks
