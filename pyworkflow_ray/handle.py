@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from pyworkflow_ray.connection import client_of, codec_of, need_client
 from pyworkflow_ray.durations import Duration, parse_duration
-from pyworkflow_ray.engine.events import Event, RunCancelled, RunCompleted, RunCreated, RunFailed, RunParked, RunPaused
+from pyworkflow_ray.engine.events import Event, RunCancelled, RunCompleted, RunCreated, RunFailed
+from pyworkflow_ray.engine.history import run_status
 from pyworkflow_ray.errors import RunCancelledError, RunFailedError, StepFailedError, StorageError
 
 if TYPE_CHECKING:
@@ -233,20 +234,7 @@ def created_of(history: RunHistory) -> RunCreated:
 
 
 def status_of(history: RunHistory) -> RunStatus:
-    for event in reversed(history.events):
-        if isinstance(event, RunCompleted):
-            return RunStatus.COMPLETED
-        if isinstance(event, RunFailed):
-            return RunStatus.FAILED
-        if isinstance(event, RunCancelled):
-            return RunStatus.CANCELLED
-        if isinstance(event, RunParked):
-            return RunStatus.PARKED
-        if isinstance(event, RunPaused):
-            return RunStatus.PAUSED
-        if event.type == "run_activated":
-            return RunStatus.RUNNING
-    return RunStatus.PENDING
+    return RunStatus(run_status(history.events))
 
 
 def _where(history: RunHistory, end: RunFailed) -> str:

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from pyworkflow_ray.connection import client_of, init, need_client, open_storage, shutdown
 from pyworkflow_ray.durations import Duration, parse_duration
-from pyworkflow_ray.errors import ConfigurationError, StorageError
-from pyworkflow_ray.handle import POLL_S, RunHandle, RunStatus, created_of, status_of
+from pyworkflow_ray.errors import ConfigurationError
+from pyworkflow_ray.handle import POLL_S, RunHandle, RunStatus, created_of
 from pyworkflow_ray.ids import check_run_id
 from pyworkflow_ray.workflow import Workflow
 
 if TYPE_CHECKING:
     import duckdb
+
+    from pyworkflow_ray.storage.storage import Storage
 
 __all__ = [
     "RunHandle",
@@ -177,37 +179,55 @@ def list_runs(
     attributes: Mapping[str, Any] | None = None,
     since: dt.datetime | Duration | None = None,
     limit: int | None = None,
+    before: str | RunHandle[Any] | None = None,
 ) -> list[RunHandle[Any]]:
     """Handles of runs, newest first. Starts no Ray; a damaged run is left out, with a log line.
 
+    Looks finished runs up, however many there are, and reads unfinished ones. For pages give `limit`, and the last
+    handle of one page as `before` of the next.
+
     Args:
         status: A status, or several. workflow: Its name (short or whole) or the workflow itself.
-        attributes: All of these, with equal values.
+        attributes: All of these, with equal values, as JSON has them: 1 equals 1.0 and not True. None: null or absent.
         since: Created since this aware datetime, or within this span before now.
         limit: At most so many.
+        before: Only runs that come after this one in the list: its handle or id, or a cursor of `runs list`.
     """
+    from pyworkflow_ray.storage.catalogue import ABSENT, Query, canonical
+    from pyworkflow_ray.storage.listing import page
+
     storage = open_storage()
     wanted = None if status is None else {RunStatus(s) for s in ([status] if isinstance(status, str) else status)}
-    named = workflow.definition.name if isinstance(workflow, Workflow) else workflow
     earliest = _instant(since)
-    found: list[tuple[float, str]] = []
-    unfinished_only = wanted is not None and not any(s.ended for s in wanted)
-    for run_id in storage.list_run_ids(False if unfinished_only else None):
-        try:
-            history = storage.read_run(run_id)
-        except StorageError as error:
-            log.warning("run %s is left out of the list: %s", run_id, error)
-            continue
-        created = created_of(history)
-        if (
-            (wanted is None or status_of(history) in wanted)
-            and (named is None or named in (created.workflow, created.workflow.rpartition(":")[2]))
-            and (earliest is None or created.at >= earliest)
-            and all(created.attributes.get(key) == value for key, value in (attributes or {}).items())
-        ):
-            found.append((created.at, run_id))
-    found.sort(reverse=True)
-    return [RunHandle(run_id, storage) for _, run_id in found[:limit]]
+    query = Query(
+        statuses=None if wanted is None else frozenset(s.value for s in wanted),
+        workflow=workflow.definition.name if isinstance(workflow, Workflow) else workflow,
+        attributes=tuple(
+            (name, frozenset({canonical(value)} | ({ABSENT} if value is None else set())))
+            for name, value in (attributes or {}).items()
+        ),
+        since=None if earliest is None else round(earliest * 1_000_000),
+        before=_before(storage, before),
+    )
+    if limit is not None and limit < 1:
+        return []
+    found = page(storage, query, limit)
+    for run_id, message in found.damaged.items():
+        log.warning("run %s is left out of the list: %s", run_id, message)
+    return [RunHandle(row.run_id, storage) for row in found.rows]
+
+
+def _before(storage: Storage, before: str | RunHandle[Any] | None) -> tuple[int, str] | None:
+    """The place in the list that `before` means; text is `microseconds/run id` or a run id."""
+    from pyworkflow_ray.storage.listing import find
+
+    if before is None:
+        return None
+    text = before.run_id if isinstance(before, RunHandle) else before
+    micros, slash, run_id = text.partition("/")
+    if slash and micros.isdecimal():
+        return int(micros), check_run_id(run_id)
+    return find(storage, check_run_id(text)).key
 
 
 def as_completed(handles: Iterable[RunHandle[R]], timeout: Duration | None = None) -> Iterator[RunHandle[R]]:

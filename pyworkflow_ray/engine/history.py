@@ -7,7 +7,7 @@ same state.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pyworkflow_ray.engine import known, pausing
@@ -411,3 +411,22 @@ def failed_positions(events: Iterable[Event]) -> list[str]:
         elif isinstance(event, RunActivated) and event.resets:
             ended = None
     return [ended.position] if ended is not None and ended.position is not None else []
+
+
+def run_status(events: Sequence[Event]) -> str:
+    """The status of a run with this history: pending, running, parked, paused, completed, failed or cancelled."""
+    for event in reversed(events):
+        status = _STATUS.get(event.type)
+        if status is not None:
+            return status
+    return "pending"
+
+
+_STATUS = {
+    "run_activated": "running",
+    "run_parked": "parked",
+    "run_paused": "paused",
+    "run_completed": "completed",
+    "run_failed": "failed",
+    "run_cancelled": "cancelled",
+}

@@ -20,7 +20,7 @@ from pyworkflow_ray.storage.disk import Disk
 from pyworkflow_ray.storage.record import FORMAT_VERSION
 
 STORAGE_FILE: Final = "storage.json"
-DIRECTORIES: Final = ("active", "runs", "blobs", "leases", "tmp")
+DIRECTORIES: Final = ("active", "ended", "runs", "blobs", "leases", "tmp")
 
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has made one slash of two; C:/ is none

@@ -5,6 +5,8 @@ a crash between any two calls, other processes doing the same, a full disk, dama
 
     storage.json                     storage id and format version
     active/RUN@EPOCH                 the index of unfinished runs: empty files, see `index`
+    ended/RUN@EPOCH                  runs that ended and are not in the catalogue yet, see `listing`
+    catalogue/                       what listings look into; derived, made anew where it is missing or damaged
     runs/HH/RUN/EPOCH.journal        a directory a run, until it is compacted (HH: two digits of the id's SHA-256)
     blobs/HH/SHA256                  content-addressed bytes: code snapshots, large payloads
     leases/                          see `lease`
@@ -115,7 +117,7 @@ class Storage:
         self.storage_id: Final = storage_id
         self.disk: Final = disk
         self._fold_limit = fold_limit
-        self._index = ActiveIndex(disk, f"{root}/active")
+        self.index: Final = ActiveIndex(disk, f"{root}/active", f"{root}/ended")
         self.blobs: Final = Blobs(disk, root)
         self.checkpoints: Final = Checkpoints(DiskFiles(disk, f"{root}/checkpoints", f"{root}/tmp"), storage_id)
         self._compacted: object = None  # a CompactedRuns, once one is needed
@@ -199,7 +201,7 @@ class Storage:
         chosen = [False] * len(events)
         try:
             for number, event in enumerate(events):
-                taken = event.run_id in fresh or self.disk.exists(self._directory(event.run_id))
+                taken = event.run_id in fresh or self.disk.exists(self.directory(event.run_id))
                 if not taken and not self._is_compacted(event.run_id):
                     fresh[event.run_id] = first_file(self.storage_id, event, lease)
                     chosen[number] = True
@@ -208,11 +210,11 @@ class Storage:
             # Again: a compaction may have removed the directory between our first look and our rename.
             beside = {run_id for run_id in made if self._is_compacted(run_id)}
             for run_id in beside:
-                self._discard(self._directory(run_id))
-                self._index.remove(run_id, 0)
+                self._discard(self.directory(run_id))
+                self.index.remove(run_id, 0)
             made -= beside
             # A taken id is an answer too: what its maker has not synced yet must not vanish after we gave it.
-            for shard in sorted({os.path.dirname(self._directory(event.run_id)) for event in events}):
+            for shard in sorted({os.path.dirname(self.directory(event.run_id)) for event in events}):
                 self.disk.sync_dir(shard)
             if len(made) < len(events):
                 self.disk.sync_dir(f"{self.root}/active")
@@ -229,10 +231,10 @@ class Storage:
         temporary = {run_id: f"{self.root}/tmp/{disk.token()}" for run_id in files}
         try:
             for run_id, data in files.items():
-                self._index.add(run_id, 0)
+                self.index.add(run_id, 0)
                 disk.mkdir(temporary[run_id])
                 disk.write_file(f"{temporary[run_id]}/{epoch_name(0)}", data, sync=False)
-                ensure_directory(disk, os.path.dirname(self._directory(run_id)))
+                ensure_directory(disk, os.path.dirname(self.directory(run_id)))
             failpoint("create.before_sync")
             # One after another once all are written: the first sync does most of the work for the others.
             for run_id in files:
@@ -245,7 +247,7 @@ class Storage:
             made = set()
             for run_id in files:
                 with contextlib.suppress(FileExistsError):
-                    disk.rename(temporary[run_id], self._directory(run_id))
+                    disk.rename(temporary[run_id], self.directory(run_id))
                     made.add(run_id)
             failpoint("create.before_sync_dir")
             for run_id in made:
@@ -333,8 +335,8 @@ class Storage:
         for _ in range(_INDEX_TRIES):
             stands, newest = view.standing, view.accepted.newest
             try:
-                listed = stands.finished or self._index.has(run_id, stands.since_epoch)
-                if listed and not self._index.has(run_id, newest + 1):
+                listed = stands.finished or self.index.has(run_id, stands.since_epoch)
+                if listed and not self.index.has(run_id, newest + 1):
                     return view
             except OSError as error:
                 raise disk_error("looking into", f"{self.root}/active", error) from error
@@ -404,14 +406,14 @@ class Storage:
     def unfinished(self) -> list[str]:
         """Ids of the runs in the index that exist, sorted."""
         try:
-            exist = [run_id for run_id in self._index.run_ids() if self.disk.exists(self._directory(run_id))]
+            exist = [run_id for run_id in self.index.run_ids() if self.disk.exists(self.directory(run_id))]
             return sorted(run_id for run_id in exist if not self._is_compacted(run_id))
         except OSError as error:
             raise disk_error("listing", self.root, error) from error
 
     def unfinished_entries(self) -> set[str]:
         """Ids that the index names, whether they exist or not."""
-        return self._index.run_ids()
+        return self.index.run_ids()
 
     # Owning runs
 
@@ -450,7 +452,7 @@ class Storage:
             stands = view.standing
             entries.add(stands.since_epoch)
             if stands.finished:  # it is resumed: unfinished again before its first new event can be acknowledged
-                self._index.add(run_id, journal.epoch)
+                self.index.add(run_id, journal.epoch)
                 self.disk.sync_dir(f"{self.root}/active")
                 entries.add(journal.epoch)
         except OSError as error:
@@ -463,13 +465,13 @@ class Storage:
         """Take a run that has ended out of the index, as `Journal.finish` does; False where it has not ended."""
         view = self._view(run_id)
         if view.standing.finished:
-            self._unlist(run_id, {0, view.standing.since_epoch, *self._index.entries(run_id, view.accepted.newest)})
+            self._unlist(run_id, {0, view.standing.since_epoch, *self.index.entries(run_id, view.accepted.newest)})
         return view.standing.finished
 
     def _unlist(self, run_id: str, entries: Iterable[int]) -> None:
         try:
             for entry in sorted(entries):
-                self._index.remove(run_id, entry)
+                self.index.remove(run_id, entry)
         except OSError as error:
             raise disk_error("unlisting the run in", f"{self.root}/active", error) from error
 
@@ -479,14 +481,14 @@ class Storage:
         Raises:
             StorageError: no checkpoint holds the run, or the disk refused.
         """
-        directory = self._directory(run_id)
+        directory = self.directory(run_id)
         if not self._is_compacted(run_id):
             raise StorageError(f"no checkpoint holds run {run_id!r}: its journal can't be retired", path=directory)
         self.remove_directory(run_id)
 
     def remove_directory(self, run_id: str) -> None:
         """Remove a run's directory, whose content no longer counts. Not durable by itself."""
-        directory = self._directory(run_id)
+        directory = self.directory(run_id)
         try:
             failpoint("retire.before_unlink")
             for name in listing(self.disk, directory):
@@ -527,13 +529,14 @@ class Storage:
 
     # Paths
 
-    def _directory(self, run_id: str) -> str:
+    def directory(self, run_id: str) -> str:
+        """Where the run's files lie."""
         check_run_id(run_id)
         return f"{self.root}/runs/{hashlib.sha256(run_id.encode()).hexdigest()[:2]}/{run_id}"
 
     def place(self, run_id: str) -> Place:
         """Where the run's journal lies."""
-        return Place(self.disk, self._directory(run_id), f"{self.root}/tmp", self.storage_id, run_id)
+        return Place(self.disk, self.directory(run_id), f"{self.root}/tmp", self.storage_id, run_id)
 
 
 def _is_run_id(name: str) -> bool:
