@@ -24,6 +24,7 @@ from pyworkflow_ray.storage.listing import page, stock
 from pyworkflow_ray.storage.stocktaking import catalogue_path, row_of, take_in
 from pyworkflow_ray.storage.storage import Storage
 
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # thousands of syncs, and no power loss here
 IDS = [f"run-{number}" for number in range(6)]
 ATTRIBUTES: list[dict[str, Any]] = [{}, {"shop": 1}, {"shop": 1.0, "vip": True}, {"shop": "1", "vip": 1}, {"vip": None}]
 ENDS: dict[str, Callable[[int], ev.Event]] = {
@@ -76,7 +77,7 @@ class Listings(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.root = Path(tempfile.mkdtemp(prefix="listing-"))
+        self.root = Path(tempfile.mkdtemp(prefix="listing-", dir=MEMORY))
         self.storage = Storage.open(self.root / "storage")
 
     def teardown(self) -> None:
@@ -219,7 +220,7 @@ TestListings = Listings.TestCase
 TestListings.settings = settings(
     settings.default,
     stateful_step_count=25,
-    max_examples=int(os.environ.get("LISTING_EXAMPLES", "40")),
+    max_examples=int(os.environ.get("LISTING_EXAMPLES", "20")),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
