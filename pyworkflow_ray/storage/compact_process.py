@@ -1,7 +1,7 @@
 """One compaction in a process of its own, for the controller's upkeep: rules as JSON in, what was done as JSON out.
 
-Started by `runtime.upkeep`; calls `compact`. Faults: as `compact`; the error's text goes to stderr, and the exit code
-is 1.
+Started by `runtime.upkeep`; calls `compact`, then has the catalogue take in what ended and what moved. Faults: as
+`compact`; the error's text goes to stderr, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 
 from pyworkflow_ray.errors import PyWorkflowError
 from pyworkflow_ray.storage.compact import Rules, compact
+from pyworkflow_ray.storage.stocktaking import take_in
 from pyworkflow_ray.storage.storage import Storage
 
 
@@ -21,6 +22,7 @@ def main(text: str) -> None:
     try:
         storage = Storage.open(given.pop("storage"), create=False)
         done = compact(storage, Rules(**given))
+        take_in(storage)
     except PyWorkflowError as error:
         sys.exit(str(error))
     sys.stdout.write(json.dumps(dataclasses.asdict(done)))

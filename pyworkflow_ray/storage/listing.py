@@ -39,10 +39,13 @@ from pyworkflow_ray.storage.stocktaking import (
     run_files,
     take_in,
 )
+from pyworkflow_ray.storage.storage import Storage
 
 if TYPE_CHECKING:
     from pyworkflow_ray.storage.checkpoint import CompactedRuns
-    from pyworkflow_ray.storage.storage import Storage
+    from pyworkflow_ray.storage.objects.storage import ObjectStorage
+
+    AnyStorage = Storage | ObjectStorage
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ class Stock:
     damaged: dict[str, str]
 
 
-def page(storage: Storage, query: Query, limit: int | None = None) -> Page:
+def page(storage: AnyStorage, query: Query, limit: int | None = None) -> Page:
     """The newest `limit` runs that `query` takes. Damaged runs are named whatever it asks for.
 
     Raises:
@@ -82,15 +85,33 @@ def page(storage: Storage, query: Query, limit: int | None = None) -> Page:
     """
 
     def ask(found: _Listing) -> Page:
-        rows = found.rows(query)
-        taken = list(rows if limit is None else itertools.islice(rows, limit + 1))
-        more = limit is not None and len(taken) > limit
-        return Page(taken[:limit], more, found.damaged)
+        return _page(found.rows(query), limit, found.damaged)
 
+    if not isinstance(storage, Storage):
+        rows, damaged = scan(storage, query)
+        return _page(iter(rows), limit, damaged)
     return _asking(storage, ask)
 
 
-def find(storage: Storage, run_id: str) -> Row:
+def scan(storage: AnyStorage, query: Query) -> tuple[list[Row], dict[str, str]]:
+    """The same without a catalogue, every run read: the only way in a bucket, and what tests compare with."""
+    rows, damaged = [], {}
+    for run_id in storage.list_run_ids():
+        try:
+            rows.append(row_of(run_id, storage.read_run(run_id).events))
+        except RunNotFoundError:
+            continue
+        except StorageError as error:
+            damaged[run_id] = str(error)
+    return sorted(filter(query.takes, rows), key=lambda row: row.key, reverse=True), damaged
+
+
+def _page(rows: Iterator[Row], limit: int | None, damaged: dict[str, str]) -> Page:
+    taken = list(rows if limit is None else itertools.islice(rows, limit + 1))
+    return Page(taken[:limit], limit is not None and len(taken) > limit, damaged)
+
+
+def find(storage: AnyStorage, run_id: str) -> Row:
     """One run's row.
 
     Raises:
@@ -100,7 +121,8 @@ def find(storage: Storage, run_id: str) -> Row:
     def ask(found: _Listing) -> Row | None:
         return None if run_id in found.ids else found.catalogue.run(run_id)
 
-    return _asking(storage, ask) or row_of(run_id, storage.read_run(run_id).events)
+    found = _asking(storage, ask, live=False) if isinstance(storage, Storage) else None
+    return found or row_of(run_id, storage.read_run(run_id).events)
 
 
 def stock(storage: Storage) -> Stock:

@@ -20,8 +20,8 @@ from pyworkflow_ray.errors import RunNotFoundError, StorageError
 from pyworkflow_ray.storage import stocktaking
 from pyworkflow_ray.storage.catalogue import ABSENT, Query, Row, canonical
 from pyworkflow_ray.storage.compact import compact
-from pyworkflow_ray.storage.listing import page, stock
-from pyworkflow_ray.storage.stocktaking import catalogue_path, row_of, take_in
+from pyworkflow_ray.storage.listing import page, scan, stock
+from pyworkflow_ray.storage.stocktaking import catalogue_path, take_in
 from pyworkflow_ray.storage.storage import Storage
 
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # thousands of syncs, and no power loss here
@@ -36,19 +36,6 @@ ENDS: dict[str, Callable[[int], ev.Event]] = {
 
 class Crash(BaseException):
     """The process dies here."""
-
-
-def naive(storage: Storage, query: Query) -> tuple[list[Row], set[str]]:
-    """Every run read, filtered and sorted: what listings must answer; and the damaged ones."""
-    rows, damaged = [], set()
-    for run_id in storage.list_run_ids():
-        try:
-            rows.append(row_of(run_id, storage.read_run(run_id).events))
-        except RunNotFoundError:
-            continue
-        except StorageError:
-            damaged.add(run_id)
-    return sorted(filter(query.takes, rows), key=lambda row: row.key, reverse=True), damaged
 
 
 def plain(rows: list[Row]) -> list[Row]:
@@ -192,9 +179,9 @@ class Listings(RuleBasedStateMachine):
 
     @rule(query=QUERIES, size=st.integers(1, 4))
     def pages_are_those_of_a_scan(self, query: Query, size: int) -> None:
-        expected, damaged = naive(self.storage, query)
+        expected, damaged = scan(self.storage, query)
         whole = page(self.storage, query)
-        assert (plain(whole.rows), whole.more, set(whole.damaged)) == (expected, False, damaged)
+        assert (plain(whole.rows), whole.more, set(whole.damaged)) == (expected, False, set(damaged))
         rows: list[Row] = []
         while True:
             one = page(self.storage, query if not rows else _after(query, rows[-1]), size)
