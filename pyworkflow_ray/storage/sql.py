@@ -1,8 +1,9 @@
 """SQL over all runs: DuckDB views of live journals and Parquet together. Called by `pw.sql` and the command line.
 
-Journals reach DuckDB through our own reader, as Arrow; Parquet through `checkpoint`, which checks every hash. The
-user's SQL can read nothing else: no file, no network, no Python variable, no setting. Faults: damaged journals and
-Parquet (refused, named), runs that are written, finished or compacted while they are read.
+Journals reach DuckDB through our own reader, as Arrow; Parquet is read by DuckDB itself, as far as the query needs it,
+through `checked_files`, which checks every byte. Which runs lie where `listing` knows, so nothing scans history. The
+user's SQL can read nothing else: no other file, no network, no Python variable, no setting. Faults: damaged journals
+and Parquet (refused, named), runs that are written, finished or compacted while they are read.
 
 Columns (times are UTC timestamps; spans are seconds; `*_at` is NULL where it has not happened):
 
@@ -22,34 +23,40 @@ attempts  run_id, position, step, attempt, epoch, dispatch, status (running fail
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Final
 
 import duckdb
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, RunNotFoundError
-from pyworkflow_ray.storage.checkpoint import CompactedRuns
+from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, RunNotFoundError, StorageError
+from pyworkflow_ray.storage.checked_files import CheckedFiles, all_sums, url
+from pyworkflow_ray.storage.checkpoint import CheckpointChanged, CompactedRuns
+from pyworkflow_ray.storage.listing import Stock, stock
+from pyworkflow_ray.storage.stocktaking import keep_blocks, known_blocks
+from pyworkflow_ray.storage.storage import Storage
 from pyworkflow_ray.storage.tables import SCHEMAS, TABLES, Rows
 
 if TYPE_CHECKING:
-    from pyworkflow_ray.storage.storage import Storage
+    from pyworkflow_ray.storage.checkpoint_manifest import ParquetFile
+    from pyworkflow_ray.storage.objects.storage import ObjectStorage
 
-_LOCKS = (
+_SETTINGS: Final = (
     "SET TimeZone = 'UTC'",
     "SET temp_directory = ''",
+    "SET parquet_metadata_cache = true",  # binding and scanning open each file several times
     "SET python_enable_replacements = false",
     "SET autoinstall_known_extensions = false",
     "SET autoload_known_extensions = false",
-    "SET enable_external_access = false",
-    "SET lock_configuration = true",
 )
+_LOCKS: Final = ("SET enable_external_access = false", "SET lock_configuration = true")
+_TRIES: Final = 20
 
 
-def query(storage: Storage, sql: str) -> duckdb.DuckDBPyRelation:
+def query(storage: Storage | ObjectStorage, sql: str) -> duckdb.DuckDBPyRelation:
     """The answer to one query over the views `runs`, `events`, `steps` and `attempts`, as of now.
 
-    The views are a snapshot made by this call, with every event that was acknowledged before it.
+    The views are a snapshot made by this call, with every event that was acknowledged before it. Checkpoints are read
+    when the relation is: a damaged block that the query comes to is then a `duckdb.Error` that names the file.
 
     Raises:
         ConfigurationError: the SQL is wrong, or is no single query.
@@ -63,49 +70,120 @@ def query(storage: Storage, sql: str) -> duckdb.DuckDBPyRelation:
             duckdb.StatementType.EXPLAIN,
         ):
             raise ConfigurationError("sql takes one query: SELECT, WITH, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN")
+        for setting in _SETTINGS:
+            connection.execute(setting)
         # A name can't be used without standing in the text: what is not named need not be built.
-        wanted = [name for name in TABLES if name in sql.lower()]
-        for name, table in snapshot(storage, wanted).items():
-            connection.register(name, table)
+        files = _make_views(connection, storage, [name for name in TABLES if name in sql.lower()])
         for setting in _LOCKS:
             connection.execute(setting)
-        return connection.sql(sql)
+        with _naming_damage(files):
+            return connection.sql(sql)
     except duckdb.Error as error:
         raise ConfigurationError(f"sql: {error}") from None
 
 
-def snapshot(storage: Storage, wanted: list[str]) -> dict[str, pa.Table]:
-    """The tables as Arrow; those not in `wanted` are empty.
+@contextlib.contextmanager
+def _naming_damage(files: CheckedFiles | None) -> contextlib.Generator[None]:
+    """What our files refused, as it was; DuckDB makes a text of it."""
+    try:
+        yield
+    except duckdb.Error:
+        if files is not None and files.errors:
+            raise files.errors[0] from None
+        raise
+
+
+def prepare(storage: Storage) -> None:
+    """Compute the block sums of checkpoint files that have none yet, so that the first query need not.
+
+    The compactor's process does. Raises: as `query`, where a file is damaged.
+    """
+    found = stock(storage)
+    if found.compacted is not None:
+        with contextlib.suppress(CheckpointChanged):
+            _sums(storage, found.compacted, found.compacted.files)
+
+
+# The views --------------------------------------------------------------------------------------------------------
+
+
+def _make_views(
+    connection: duckdb.DuckDBPyConnection, storage: Storage | ObjectStorage, wanted: list[str]
+) -> CheckedFiles | None:
+    """Create the four views; those not in `wanted` are empty. The files that they read."""
+    live, compacted, files = _snapshot(storage, wanted)
+    if files is not None and compacted is not None:
+        connection.register_filesystem(files)
+        allowed = [url(file) for file in compacted.files if file.table in wanted]
+        connection.execute("SET allowed_paths = ?", [allowed])
+    connection.execute("create schema journals")
+    for name in TABLES:
+        rows = live.table(name)
+        connection.register("gathered", rows)
+        connection.execute(f"create table journals.{name} as from gathered")
+        connection.unregister("gathered")
+        paths = [url(f) for f in compacted.files if f.table == name] if files is not None and compacted else []
+        source = [f"from journals.{name}"] if len(rows) or not paths or name not in wanted else []
+        if paths and name in wanted:
+            columns = ", ".join(f'"{column}"' for column in SCHEMAS[name].names)
+            given = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+            source.insert(0, f"select {columns} from read_parquet([{given}], hive_partitioning = false)")
+        connection.execute(f"create view {name} as {' union all '.join(source)}")
+    return files
+
+
+def _snapshot(
+    storage: Storage | ObjectStorage, wanted: list[str]
+) -> tuple[Rows, CompactedRuns | None, CheckedFiles | None]:
+    """The rows of runs in journals, and the files of the others."""
+    if not wanted:
+        return Rows([]), None, None
+    if not isinstance(storage, Storage):
+        return _gather(storage, storage.list_run_ids(), wanted), None, None
+    for left in range(_TRIES, 0, -1):
+        found: Stock = stock(storage)
+        rows = _gather(storage, sorted({*found.journals, *found.damaged}), wanted)
+        if found.compacted is None:
+            return rows, None, None
+        compacted = found.compacted
+        try:
+            of = [file for file in compacted.files if file.table in wanted]
+            sums = _sums(storage, compacted, of)
+            return rows, compacted, CheckedFiles([(compacted.path(file), file) for file in of], sums)
+        except CheckpointChanged:
+            if left == 1:
+                raise
+    raise AssertionError("not reached")
+
+
+def _gather(storage: Storage | ObjectStorage, run_ids: list[str], wanted: list[str]) -> Rows:
+    rows = Rows(wanted)
+    for run_id in run_ids:
+        with contextlib.suppress(RunNotFoundError):  # never came to be, or was forgotten meanwhile
+            rows.add(storage.read_run(run_id))
+    return rows
+
+
+def _sums(storage: Storage, compacted: CompactedRuns, files: list[ParquetFile]) -> dict[str, bytes]:
+    """The block sums of these files: those that the catalogue has, else computed and kept there.
 
     Raises:
-        CorruptJournalError: something is damaged, or a retired run is in no checkpoint.
+        CorruptJournalError: a file is damaged or missing. CheckpointChanged: a compaction replaced one.
     """
-    tables = {name: SCHEMAS[name].empty_table() for name in TABLES}
-    if not wanted:
-        return tables
-    run_ids = storage.list_run_ids()
-    rows, live = Rows(wanted), set()
-    for run_id in run_ids:
-        if not storage.is_retired(run_id):
-            try:
-                history = storage.read_run(run_id)
-            except RunNotFoundError:
-                continue  # never came to be, or was retired meanwhile
-            rows.add(history)
-            live.add(run_id)
-    # The manifests after the journals: a run retired meanwhile is in one of them.
-    compacted = CompactedRuns(storage)
-    known = compacted.ids()
-    for run_id in run_ids:
-        if run_id not in live and run_id not in known and storage.is_retired(run_id):
-            path = f"{storage.root}/checkpoints/manifests"
-            raise CorruptJournalError(f"run {run_id!r} was compacted, and no manifest in {path} holds it", path=path)
-    both = pa.array(sorted(live & known.keys()), pa.string())  # their journals count
-    for name in wanted:
-        parts = [rows.table(name)]
-        for file in compacted.files:
-            if file.table == name:
-                table = compacted.table(file)
-                parts.append(table.filter(pc.invert(pc.is_in(table["run_id"], both))) if len(both) else table)
-        tables[name] = pa.concat_tables(parts)
-    return tables
+    sums = known_blocks(storage, files)
+    missing = [(compacted.path(file), file) for file in files if file.path not in sums]
+    if missing:
+        try:
+            fresh = all_sums(missing)
+        except FileNotFoundError as error:
+            path = str(error.filename)
+            if not compacted.current():
+                raise CheckpointChanged(f"{path} was replaced meanwhile", path=path) from None
+            raise CorruptJournalError(f"{path} is missing: restore it", path=path) from None
+        except OSError as error:
+            path = str(error.filename)
+            raise StorageError(f"{path} can't be read: {error}", path=path) from error
+        keep_blocks(storage, [(file, fresh[file.path]) for _, file in missing])
+        sums |= fresh
+    return sums
+

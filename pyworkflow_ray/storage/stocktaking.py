@@ -124,6 +124,33 @@ def keep_live(storage: Storage, rows: Sequence[LiveRow]) -> None:
         logger.info("the catalogue of %s can't be written: %s", storage.root, error)
 
 
+def known_blocks(storage: Storage, files: Sequence[ParquetFile]) -> dict[str, bytes]:
+    """The block sums that the catalogue has of these files, by path."""
+    try:
+        catalogue = Catalogue.open(catalogue_path(storage), storage.storage_id)
+        if catalogue is None:
+            return {}
+        with contextlib.closing(catalogue):
+            found = {file.path: catalogue.block_sums(file.path, file.sha256) for file in files}
+            return {path: sums for path, sums in found.items() if sums is not None}
+    except (sqlite3.Error, DamagedCatalogue):
+        return {}
+
+
+def keep_blocks(storage: Storage, sums: Sequence[tuple[ParquetFile, bytes]]) -> None:
+    """Remember block sums, if nobody is at the catalogue just now."""
+    try:
+        with _locked(storage, wait=False) as held:
+            catalogue = Catalogue.open(catalogue_path(storage), storage.storage_id) if held else None
+            if catalogue is None:
+                return
+            with contextlib.closing(catalogue), catalogue.changing():
+                for file, numbers in sums:
+                    catalogue.put_blocks(file.path, file.sha256, numbers)
+    except (OSError, sqlite3.Error, DamagedCatalogue) as error:
+        logger.info("the catalogue of %s can't be written: %s", storage.root, error)
+
+
 # What the truth is ------------------------------------------------------------------------------------------------
 
 
