@@ -108,7 +108,9 @@ def add_finished(storage: Storage, runs: int, *, first_batch: int = 0) -> None:
         shift = dt.timedelta(days=1) * (number // BATCHES_A_DAY)
         date = (BEGIN + shift).date().isoformat()
         tables = {
-            name: pa.concat_tables(_copy(template[name], f"b{number:04d}{copy}-", shift, copy) for copy in range(copies))
+            name: pa.concat_tables(
+                _copy(template[name], f"b{number:04d}{copy}-", shift, copy) for copy in range(copies)
+            )
             for name in TABLES
         }
         token = storage.disk.token()

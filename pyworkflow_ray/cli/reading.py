@@ -6,6 +6,10 @@ never hiding the others), a torn tail of an unfinished journal (the prefix is sh
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +26,12 @@ from pyworkflow_ray.observability.words import short_name
 if TYPE_CHECKING:
     import datetime as dt
 
+    from pyworkflow_ray.storage.catalogue import Query
     from pyworkflow_ray.storage.storage import Storage
+
+
+ENDED = frozenset({"completed", "failed", "cancelled"})
+UNFINISHED = frozenset({"pending", "running", "parked", "paused"})
 
 
 @dataclass
@@ -52,8 +61,41 @@ class Reader:
         view = explain(events, now, tz=self.zone, owner_alive=self._alive(history.lease), torn=history.torn)
         return view, events
 
+    def listing(self, wanted: Filter, limit: int, before: str | None) -> Listed:
+        """The newest `limit` runs that are wanted, and what is wrong with runs that can't be read, wanted or not.
+
+        before: only runs that come after this one in the list.
+        """
+        from pyworkflow_ray.storage.listing import find, page
+
+        found = Listed()
+        if self.storage is None:
+            return found
+        now = time.time()
+        query = wanted.query(now, None if before is None else find(self.storage, before).key)
+        while not found.more:
+            rows = page(self.storage, query, limit + 1)
+            found.damaged |= rows.damaged
+            for row in rows.rows:
+                try:
+                    view = self.view(row.run_id, now)
+                except RunNotFoundError:
+                    continue  # it went while we listed
+                except (StorageError, ValueError) as error:
+                    found.damaged[row.run_id] = str(error)
+                    continue
+                if wanted.takes(view):
+                    found.more = len(found.views) == limit
+                    if found.more:
+                        break
+                    found.views.append(view)
+            if not rows.more:
+                break
+            query = dataclasses.replace(query, before=rows.rows[-1].key)
+        return found
+
     def views(self, now: float) -> Iterator[RunView | PyWorkflowError]:
-        """Every run, in no particular order; of a damaged one its error, with the run named in it."""
+        """Every run, in no particular order; of a damaged one its error, with the run named in it. Reads them all."""
         if self.storage is None:
             return
         for run_id in self.storage.list_run_ids(None):
@@ -97,6 +139,15 @@ def open_reader(given: Path | None, zone: dt.tzinfo) -> Reader:
 
 
 @dataclass
+class Listed:
+    """One screen of runs. more: there are others that come after. damaged: run id to what is wrong."""
+
+    views: list[RunView] = field(default_factory=list)
+    more: bool = False
+    damaged: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Filter:
     """What `runs list` shows. A state and a status are asked for alike: both name what the run is now."""
 
@@ -104,6 +155,19 @@ class Filter:
     workflow: str | None = None
     since_s: float | None = None
     attributes: dict[str, str] = field(default_factory=dict)
+
+    def query(self, now: float, before: tuple[int, str] | None) -> Query:
+        """What the storage can tell from its index: no less than `takes`, which looks at the run itself."""
+        from pyworkflow_ray.storage.catalogue import Query
+
+        unfinished = self.states - ENDED
+        return Query(
+            statuses=(self.states & ENDED) | (UNFINISHED if unfinished else frozenset()) if self.states else None,
+            workflow=self.workflow,
+            attributes=tuple((name, _texts(value)) for name, value in self.attributes.items()),
+            since=None if self.since_s is None else round((now - self.since_s) * 1_000_000),
+            before=before,
+        )
 
     def takes(self, view: RunView) -> bool:
         if self.states and view.state not in self.states and view.status not in self.states:
@@ -113,3 +177,14 @@ class Filter:
         if self.since_s is not None and (view.now - view.created_at).total_seconds() > self.since_s:
             return False
         return all(str(view.attributes.get(name)) == value for name, value in self.attributes.items())
+
+
+def _texts(value: str) -> frozenset[str]:
+    """Every value, as `canonical` has it, that a person may have written so."""
+    from pyworkflow_ray.storage.catalogue import ABSENT, canonical
+
+    found = {canonical(value)} | ({ABSENT} if value == "None" else set())
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            found.add(canonical(parse(value)))
+    return frozenset(found)

@@ -18,7 +18,7 @@ EVENT_COLUMNS = ("SEQ", "TIME", "EVENT", "STEP", "DETAIL")
 FOLD_AFTER = 60  # steps: on a terminal the completed ones of a longer run are folded
 
 
-def run_list(screen: Screen, views: list[RunView], more: int) -> None:
+def run_list(screen: Screen, views: list[RunView], *, more: bool = False) -> None:
     """A row a run, a line with the counts, and the commands that act."""
     if not views:
         screen.line("no runs")
@@ -39,7 +39,7 @@ def run_list(screen: Screen, views: list[RunView], more: int) -> None:
     counts = Counter(view.state for view in views)
     total = f"{len(views)} run{'s' if len(views) > 1 else ''}: " + ", ".join(f"{n} {s}" for s, n in counts.items())
     if more:
-        total += f" ({more} older: --limit)"
+        total += f" (older ones: --before {views[-1].run_id})"
     first = next((v for v in views if v.state not in ("completed", "cancelled")), views[0])
     hint = f"runs show {first.run_id}"
     if "retrying" in counts and len(counts) > 1:

@@ -139,6 +139,6 @@ def _print_all(reader: Reader, run_ids: list[str], as_json: bool) -> int:
     if as_json:
         screen.raw(to_json([view.model_dump(mode="json") for view in views]))
     else:
-        render.run_list(screen, views, 0)
+        render.run_list(screen, views)
     screen.flush()
     return 0 if all(view.status == "completed" for view in views) else 1

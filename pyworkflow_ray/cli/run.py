@@ -309,7 +309,7 @@ def _print_recovered(reader: Reader, run_ids: Iterable[str], as_json: bool) -> i
     if as_json:
         screen.raw(to_json([view.model_dump(mode="json") for view in views]))
     else:
-        render.run_list(screen, views, 0)
+        render.run_list(screen, views)
     return 1 if any(view.status == "failed" for view in views) else code
 
 

@@ -11,11 +11,12 @@ import click
 from pyworkflow_ray.cli import options as opt
 from pyworkflow_ray.cli import render
 from pyworkflow_ray.cli.main import CommandGroup
-from pyworkflow_ray.cli.reading import Filter, Reader, open_reader
+from pyworkflow_ray.cli.reading import Filter, named, open_reader
 from pyworkflow_ray.cli.rerun import rerun
 from pyworkflow_ray.cli.run import cancel, pause, resume, wake
 from pyworkflow_ray.cli.screen import Screen, error_line, to_json
 from pyworkflow_ray.engine import events as ev
+from pyworkflow_ray.errors import StorageError
 from pyworkflow_ray.observability.model import RunView, StepView
 
 STATUSES = ("pending", "running", "parked", "paused", "completed", "failed", "cancelled")
@@ -40,6 +41,7 @@ def _state_flags(command: Callable[..., int]) -> Callable[..., int]:
 @click.option("--workflow", help="Only runs of this workflow: its name, or the short one.")
 @click.option("--since", type=opt.DURATION, help="Only runs created in the last 30s, 5m, 2h, 1d.")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many, newest first.")
+@click.option("--before", metavar="RUN", help="The next page: only runs that come after this one in the list.")
 @click.option("--filter", "filters", multiple=True, metavar="K=V", help="status=, state=, workflow=, or an attribute.")
 @_state_flags
 @opt.watch_options
@@ -51,6 +53,7 @@ def list_(
     workflow: str | None,
     since: float | None,
     limit: int,
+    before: str | None,
     filters: tuple[str, ...],
     watch: bool,
     interval: float,
@@ -66,28 +69,17 @@ def list_(
     screen = Screen()
 
     def draw() -> tuple[bool, int]:
-        found, damaged = _collect(reader, wanted)
+        found = reader.listing(wanted, limit, before)
         if as_json:
-            screen.raw(to_json([view.model_dump(mode="json") for view in found[:limit]]))
+            screen.raw(to_json([view.model_dump(mode="json") for view in found.views]))
         else:
-            render.run_list(screen, found[:limit], max(0, len(found) - limit))
+            render.run_list(screen, found.views, more=found.more)
         screen.flush()
-        for message in damaged:
-            error_line(message)
-        return False, 1 if damaged else 0
+        for run_id, message in found.damaged.items():
+            error_line(str(named(run_id, StorageError(message))))
+        return False, 1 if found.damaged else 0
 
     return _repeat(draw, screen, watch, interval)
-
-
-def _collect(reader: Reader, wanted: Filter) -> tuple[list[RunView], list[str]]:
-    """Matching runs, newest first, and what is to be said of damaged ones."""
-    found, damaged = [], []
-    for item in reader.views(time.time()):
-        if not isinstance(item, RunView):
-            damaged.append(str(item))
-        elif wanted.takes(item):
-            found.append(item)
-    return sorted(found, key=lambda v: (v.created_at, v.run_id), reverse=True), damaged
 
 
 def _parse_filters(filters: tuple[str, ...], wanted: Filter) -> Filter:

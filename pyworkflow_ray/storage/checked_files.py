@@ -2,7 +2,7 @@
 
 Made by `sql`, called by DuckDB's threads; calls the operating system. Decision 12 has the reasons. Rules:
 
-* A file's blocks of 64 KiB each have a CRC32. They are computed when a file is first met, of bytes whose SHA-256 is the
+* A file's blocks of 16 KiB each have a CRC32. They are computed when a file is first met, of bytes whose SHA-256 is the
   manifest's, and kept in the catalogue.
 * DuckDB gets bytes only of blocks whose sum is right, read for this request: no cache, no note and no later reading
   comes between what was checked and what is used.
@@ -30,10 +30,10 @@ from pyworkflow_ray.errors import CorruptJournalError, StorageError
 from pyworkflow_ray.storage.checkpoint_manifest import ParquetFile
 
 PROTOCOL: Final = "checkpoint"
-BLOCK: Final = 65_536
+BLOCK: Final = 16_384
 _SUM_BYTES: Final = 4
 _OPEN_AT_ONCE: Final = 256  # of the 1,024 descriptors that a process usually may have
-_READ: Final = 16 * BLOCK
+_READ: Final = 64 * BLOCK
 _WHEN: Final = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)  # files never change
 
 
@@ -130,24 +130,24 @@ class _File:
             os.close(self._fd)
 
 
-class _Handle(io.RawIOBase):
+class _Handle:
     """An open file. Threads share handles and call seek and read one after the other, so each has its own position."""
+
+    __slots__ = ("_at", "_fail", "_file")
 
     def __init__(self, file: _File, fail: Callable[[StorageError], None]) -> None:
         self._file = file
         self._fail = fail
         self._at = threading.local()
 
-    def readable(self) -> bool:
-        return True
-
     def seekable(self) -> bool:
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._file.size}[whence]
-        self._at.position = base + offset
-        return base + offset
+        if whence != io.SEEK_SET:
+            offset += self._file.size if whence == io.SEEK_END else self.tell()
+        self._at.position = offset
+        return offset
 
     def tell(self) -> int:
         return int(getattr(self._at, "position", 0))
@@ -162,6 +162,9 @@ class _Handle(io.RawIOBase):
         self._at.position = start + len(data)
         return data
 
+    def close(self) -> None:
+        """The file stays open for the other handles."""
+
 
 class CheckedFiles(AbstractFileSystem):  # type: ignore[misc]
     """A file system of these files alone.
@@ -173,12 +176,21 @@ class CheckedFiles(AbstractFileSystem):  # type: ignore[misc]
     protocol = PROTOCOL
     cachable = False  # fsspec would hand out one object for all storages
 
-    def __init__(self, files: Iterable[tuple[str, ParquetFile]], sums: Mapping[str, bytes]) -> None:
+    def __init__(self) -> None:  # without arguments: fsspec makes a token of them, file by file
         super().__init__()
         self.errors: list[StorageError] = []
+        self._files: dict[str, _File] = {}
+
+    def serve(self, files: Iterable[tuple[str, ParquetFile]], sums: Mapping[str, bytes]) -> CheckedFiles:
+        """Serve these files from now on, and open them; itself.
+
+        Raises:
+            FileNotFoundError, OSError: one can't be opened.
+        """
         self._files = {url(file): _File(path, file, sums[file.path]) for path, file in files}
         for file in list(self._files.values())[:_OPEN_AT_ONCE]:
             file.open()
+        return self
 
     def open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> _Handle:
         if mode != "rb":

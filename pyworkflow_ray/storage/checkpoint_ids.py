@@ -71,6 +71,7 @@ class Checkpoints:
     def __init__(self, files: Files, storage_id: str) -> None:
         self.files: Final = files
         self._storage_id = storage_id
+        self._manifest = Manifest()
         self._known: tuple[Manifest, tuple[Sequence[int], ...]] = (Manifest(), ())
         self._lists: dict[str, array.array[int]] = {}
 
@@ -80,10 +81,10 @@ class Checkpoints:
         Raises: as `read_manifest`.
         """
         found = numbers(self.files)
-        known = self._known[0]
-        if found and found[-1] == known.number:
-            return known
-        return read_manifest(self.files, self._storage_id)
+        known = self._manifest
+        if not found or found[-1] != known.number:
+            known = self._manifest = read_manifest(self.files, self._storage_id)
+        return known
 
     def dates(self, run_id: str) -> list[str]:
         """The dates of which a compacted run of this id may be; none where it is surely not compacted.

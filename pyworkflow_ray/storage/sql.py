@@ -24,9 +24,11 @@ attempts  run_id, position, step, attempt, epoch, dispatch, status (running fail
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 import duckdb
+import pyarrow as pa
 
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, RunNotFoundError, StorageError
 from pyworkflow_ray.storage.checked_files import CheckedFiles, all_sums, url
@@ -48,6 +50,14 @@ _SETTINGS: Final = (
     "SET autoinstall_known_extensions = false",
     "SET autoload_known_extensions = false",
 )
+_TYPES: Final = {
+    pa.string(): "VARCHAR",
+    pa.int32(): "INTEGER",
+    pa.float64(): "DOUBLE",
+    pa.bool_(): "BOOLEAN",
+    pa.timestamp("us", "UTC"): "TIMESTAMPTZ",
+    pa.json_(pa.string()): "JSON",
+}
 _LOCKS: Final = ("SET enable_external_access = false", "SET lock_configuration = true")
 _TRIES: Final = 20
 
@@ -70,12 +80,10 @@ def query(storage: Storage | ObjectStorage, sql: str) -> duckdb.DuckDBPyRelation
             duckdb.StatementType.EXPLAIN,
         ):
             raise ConfigurationError("sql takes one query: SELECT, WITH, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN")
-        for setting in _SETTINGS:
-            connection.execute(setting)
+        connection.execute("; ".join(_SETTINGS))
         # A name can't be used without standing in the text: what is not named need not be built.
         files = _make_views(connection, storage, [name for name in TABLES if name in sql.lower()])
-        for setting in _LOCKS:
-            connection.execute(setting)
+        connection.execute("; ".join(_LOCKS))
         with _naming_damage(files):
             return connection.sql(sql)
     except duckdb.Error as error:
@@ -83,7 +91,7 @@ def query(storage: Storage | ObjectStorage, sql: str) -> duckdb.DuckDBPyRelation
 
 
 @contextlib.contextmanager
-def _naming_damage(files: CheckedFiles | None) -> contextlib.Generator[None]:
+def _naming_damage(files: CheckedFiles | None) -> Iterator[None]:
     """What our files refused, as it was; DuckDB makes a text of it."""
     try:
         yield
@@ -100,7 +108,7 @@ def prepare(storage: Storage) -> None:
     """
     found = stock(storage)
     if found.compacted is not None:
-        with contextlib.suppress(CheckpointChanged):
+        with contextlib.suppress(CheckpointChanged), _missing(found.compacted):
             _sums(storage, found.compacted, found.compacted.files)
 
 
@@ -116,19 +124,24 @@ def _make_views(
         connection.register_filesystem(files)
         allowed = [url(file) for file in compacted.files if file.table in wanted]
         connection.execute("SET allowed_paths = ?", [allowed])
-    connection.execute("create schema journals")
+    statements = ["create schema journals"]
     for name in TABLES:
-        rows = live.table(name)
-        connection.register("gathered", rows)
-        connection.execute(f"create table journals.{name} as from gathered")
-        connection.unregister("gathered")
+        columns = SCHEMAS[name]
         paths = [url(f) for f in compacted.files if f.table == name] if files is not None and compacted else []
-        source = [f"from journals.{name}"] if len(rows) or not paths or name not in wanted else []
+        source = []
         if paths and name in wanted:
-            columns = ", ".join(f'"{column}"' for column in SCHEMAS[name].names)
             given = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
-            source.insert(0, f"select {columns} from read_parquet([{given}], hive_partitioning = false)")
-        connection.execute(f"create view {name} as {' union all '.join(source)}")
+            source = [f"select {', '.join(columns.names)} from read_parquet([{given}], hive_partitioning = false)"]
+        if live.rows.get(name) or not source:
+            types = ", ".join(f"{field.name} {_TYPES[field.type]}" for field in columns)
+            statements.append(f"create table journals.{name} ({types})")
+            source.append(f"select * from journals.{name}")
+        statements.append(f"create view {name} as {' union all '.join(source)}")
+    connection.execute("; ".join(statements))
+    for name in (name for name in wanted if live.rows.get(name)):
+        connection.register("gathered", live.table(name))
+        connection.execute(f"insert into journals.{name} from gathered")
+        connection.unregister("gathered")
     return files
 
 
@@ -148,8 +161,9 @@ def _snapshot(
         compacted = found.compacted
         try:
             of = [file for file in compacted.files if file.table in wanted]
-            sums = _sums(storage, compacted, of)
-            return rows, compacted, CheckedFiles([(compacted.path(file), file) for file in of], sums)
+            with _missing(compacted):
+                sums = _sums(storage, compacted, of)
+                return rows, compacted, CheckedFiles().serve([(compacted.path(file), file) for file in of], sums)
         except CheckpointChanged:
             if left == 1:
                 raise
@@ -165,25 +179,25 @@ def _gather(storage: Storage | ObjectStorage, run_ids: list[str], wanted: list[s
 
 
 def _sums(storage: Storage, compacted: CompactedRuns, files: list[ParquetFile]) -> dict[str, bytes]:
-    """The block sums of these files: those that the catalogue has, else computed and kept there.
-
-    Raises:
-        CorruptJournalError: a file is damaged or missing. CheckpointChanged: a compaction replaced one.
-    """
+    """The block sums of these files: those that the catalogue has, else computed and kept there."""
     sums = known_blocks(storage, files)
     missing = [(compacted.path(file), file) for file in files if file.path not in sums]
     if missing:
-        try:
-            fresh = all_sums(missing)
-        except FileNotFoundError as error:
-            path = str(error.filename)
-            if not compacted.current():
-                raise CheckpointChanged(f"{path} was replaced meanwhile", path=path) from None
-            raise CorruptJournalError(f"{path} is missing: restore it", path=path) from None
-        except OSError as error:
-            path = str(error.filename)
-            raise StorageError(f"{path} can't be read: {error}", path=path) from error
+        fresh = all_sums(missing)
         keep_blocks(storage, [(file, fresh[file.path]) for _, file in missing])
         sums |= fresh
     return sums
 
+
+@contextlib.contextmanager
+def _missing(compacted: CompactedRuns) -> Iterator[None]:
+    """A file that can't be opened was replaced by a compaction, or is damage."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        path = str(error.filename)
+        if not compacted.current():
+            raise CheckpointChanged(f"{path} was replaced meanwhile", path=path) from None
+        raise CorruptJournalError(f"{path} is missing: restore it", path=path) from None
+    except OSError as error:
+        raise StorageError(f"{error.filename} can't be read: {error}", path=str(error.filename)) from error

@@ -63,8 +63,18 @@ def test_list_filters(invoke: Invoke, shop: Any, filters: list[str], expected: l
     assert [view["run_id"] for view in json.loads(result.stdout)] == expected
 
 
-def test_limit_says_how_many_more_there_are(invoke: Invoke, shop: Any) -> None:
-    assert "(3 older: --limit)" in invoke("runs", "list", "--limit", 1, "--storage", shop.root).stdout
+def test_pages_follow_each_other(invoke: Invoke, shop: Any) -> None:
+    """Each page says how the next one is asked for; together they are the whole list."""
+    whole = json.loads(invoke("runs", "list", "--json", "--storage", shop.root).stdout)
+    pages: list[str] = []
+    for _ in whole:
+        after = ["--before", pages[-1]] if pages else []
+        result = invoke("runs", "list", "--limit", 1, *after, "--json", "--storage", shop.root)
+        pages += [view["run_id"] for view in json.loads(result.stdout)]
+        people = invoke("runs", "list", "--limit", 1, *after, "--storage", shop.root).stdout
+        assert (f"(older ones: --before {pages[-1]})" in people) == (len(pages) < len(whole))
+    assert pages == [view["run_id"] for view in whole]
+    assert invoke("runs", "list", "--before", "nobody", "--storage", shop.root).exit_code == 1
 
 
 @pytest.mark.parametrize("bad", [["--filter", "x"], ["--filter", "state=odd"], ["--since", "5M"], ["--limit", "0"]])
