@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.storage.checkpoint_ids import id_entry
-from pyworkflow_ray.storage.checkpoint_manifest import Manifest, publish_manifest
+from pyworkflow_ray.storage.checkpoint_manifest import Batch, Manifest, publish_manifest
 from pyworkflow_ray.storage.checkpoint_write import write_batch, write_ids
 from pyworkflow_ray.storage.storage import Storage
 from pyworkflow_ray.storage.tables import TABLES, Rows
@@ -103,7 +103,8 @@ def add_finished(storage: Storage, runs: int, *, first_batch: int = 0) -> None:
         at = BEGIN.timestamp() + number * 20
         rows.add(history(storage, f"t-{number:04d}", number, at, rng))
     template = {name: rows.table(name) for name in TABLES}
-    batches, ids = list(manifest.batches), list(manifest.ids)
+    batches: list[Batch] = list(manifest.batches)
+    entries: list[int] = []
     for number, copies in _batches(runs, first_batch):
         shift = dt.timedelta(days=1) * (number // BATCHES_A_DAY)
         date = (BEGIN + shift).date().isoformat()
@@ -115,12 +116,11 @@ def add_finished(storage: Storage, runs: int, *, first_batch: int = 0) -> None:
         }
         token = storage.disk.token()
         batches.append(write_batch(files, token, date, tables))
-        ids.append(write_ids(files, token, (id_entry(run, date) for run in tables["runs"]["run_id"].to_pylist())))
+        entries += [id_entry(run_id, date) for run_id in tables["runs"]["run_id"].to_pylist()]
     if manifest.number < 0:
         publish_manifest(files, storage.storage_id, Manifest(number=0))
-    published = dataclasses.replace(
-        manifest, number=max(manifest.number, 0) + 1, batches=tuple(batches), ids=tuple(ids)
-    )
+    ids = (*manifest.ids, write_ids(files, storage.disk.token(), entries))  # one list, as merging leaves it
+    published = dataclasses.replace(manifest, number=max(manifest.number, 0) + 1, batches=tuple(batches), ids=ids)
     publish_manifest(files, storage.storage_id, published)
 
 

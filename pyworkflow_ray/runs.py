@@ -198,7 +198,7 @@ def list_runs(
 
     storage = open_storage()
     wanted = None if status is None else {RunStatus(s) for s in ([status] if isinstance(status, str) else status)}
-    earliest = _instant(since)
+    earliest = instant(since)
     query = Query(
         statuses=None if wanted is None else frozenset(s.value for s in wanted),
         workflow=workflow.definition.name if isinstance(workflow, Workflow) else workflow,
@@ -355,7 +355,8 @@ def sql(query: str) -> duckdb.DuckDBPyRelation:
     return query_storage(open_storage(), query)
 
 
-def _instant(since: dt.datetime | Duration | None) -> float | None:
+def instant(since: dt.datetime | Duration | None) -> float | None:
+    """UNIX time of an aware datetime, or of a span before now."""
     if since is None:
         return None
     if isinstance(since, dt.datetime):

@@ -1,4 +1,4 @@
-"""`storage compact|verify`, `sql`, `demo`, and the commands that later versions bring."""
+"""`storage compact|verify`, `demo`, and the commands that later versions bring."""
 
 from __future__ import annotations
 
@@ -30,27 +30,6 @@ def demo(directory: Path | None, orders: int | None, as_json: bool) -> int:
     from pyworkflow_ray.demo.main import run_demo
 
     return int(run_demo(dir=directory, json=as_json, orders=orders))
-
-
-@click.command()
-@click.argument("query")
-@opt.json_option
-@opt.storage_option
-def sql(query: str, as_json: bool, storage_path: Path | None) -> None:
-    """Ask the runs in SQL: views runs, events, steps, attempts, over live journals and Parquet together.
-
-    Example: pyworkflow-ray sql "select status, count(*) from runs group by 1"
-    """
-    from pyworkflow_ray.storage.sql import query as ask
-
-    store, screen = _open(storage_path), Screen()
-    relation = ask(store, query)
-    names, rows = tuple(relation.columns), relation.fetchall()
-    if as_json:
-        screen.raw(to_json([dict(zip(names, row, strict=True)) for row in rows]))
-        return
-    screen.table(names, [["" if cell is None else str(cell) for cell in row] for row in rows])
-    screen.line(f"{len(rows)} row{'' if len(rows) == 1 else 's'}", "dim")
 
 
 @click.group(cls=CommandGroup)

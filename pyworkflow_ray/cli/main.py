@@ -21,7 +21,7 @@ COMMANDS = {
     "run": "pyworkflow_ray.cli.run:run",
     "runs": "pyworkflow_ray.cli.runs:runs",
     "recover": "pyworkflow_ray.cli.run:recover",
-    "sql": "pyworkflow_ray.cli.admin:sql",
+    "sql": "pyworkflow_ray.cli.sql:sql",
     "storage": "pyworkflow_ray.cli.admin:storage",
     "breakers": "pyworkflow_ray.cli.breakers:breakers",
     "health": "pyworkflow_ray.cli.admin:health",

@@ -150,7 +150,7 @@ def _tags(row: Row) -> set[int]:
 
 
 def _sum(*parts: object) -> int:
-    return zlib.crc32("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"))
+    return zlib.crc32(repr(parts).encode())
 
 
 @contextlib.contextmanager

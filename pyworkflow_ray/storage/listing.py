@@ -270,9 +270,10 @@ def _stamp(storage: Storage, run_id: str) -> str:
 
 def _unchanged(storage: Storage, live: LiveRow) -> bool:
     newest, _, rest = live.stamp.partition(" ")
-    directory = storage.directory(live.run.run_id)
+    if not newest:
+        return False
+    directory, identity = storage.directory(live.run.run_id), storage.disk.identity
     try:
-        now = (storage.disk.identity(directory), storage.disk.identity(f"{directory}/{newest}")) if newest else ()
+        return rest == f"{identity(directory)} {identity(f'{directory}/{newest}')}"
     except OSError:
         return False
-    return bool(newest) and rest == " ".join(map(str, now))

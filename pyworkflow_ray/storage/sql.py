@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import duckdb
 import pyarrow as pa
@@ -72,6 +72,10 @@ def query(storage: Storage | ObjectStorage, sql: str) -> duckdb.DuckDBPyRelation
         ConfigurationError: the SQL is wrong, or is no single query.
         CorruptJournalError: a journal, manifest or Parquet file is damaged; `.path` names it. Nothing is skipped.
     """
+    return _ask(storage, sql)[1]
+
+
+def _ask(storage: Storage | ObjectStorage, sql: str) -> tuple[CheckedFiles | None, duckdb.DuckDBPyRelation]:
     connection = duckdb.connect(":memory:")
     try:
         statements = connection.extract_statements(sql)
@@ -82,12 +86,25 @@ def query(storage: Storage | ObjectStorage, sql: str) -> duckdb.DuckDBPyRelation
             raise ConfigurationError("sql takes one query: SELECT, WITH, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN")
         connection.execute("; ".join(_SETTINGS))
         # A name can't be used without standing in the text: what is not named need not be built.
-        files = _make_views(connection, storage, [name for name in TABLES if name in sql.lower()])
-        connection.execute("; ".join(_LOCKS))
+        wanted = [name for name in TABLES if name in sql.lower()]
+        live, compacted, files = _snapshot(storage, wanted)
         with _naming_damage(files):
-            return connection.sql(sql)
+            _make_views(connection, wanted, live, compacted, files)
+            connection.execute("; ".join(_LOCKS))
+            return files, connection.sql(sql)
     except duckdb.Error as error:
         raise ConfigurationError(f"sql: {error}") from None
+
+
+def rows(storage: Storage | ObjectStorage, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Column names and all rows of a query's answer.
+
+    Raises:
+        As `query`, and CorruptJournalError where a damaged block is found while checkpoints are read.
+    """
+    files, relation = _ask(storage, sql)
+    with _naming_damage(files):
+        return list(relation.columns), relation.fetchall()
 
 
 @contextlib.contextmanager
@@ -116,10 +133,13 @@ def prepare(storage: Storage) -> None:
 
 
 def _make_views(
-    connection: duckdb.DuckDBPyConnection, storage: Storage | ObjectStorage, wanted: list[str]
-) -> CheckedFiles | None:
-    """Create the four views; those not in `wanted` are empty. The files that they read."""
-    live, compacted, files = _snapshot(storage, wanted)
+    connection: duckdb.DuckDBPyConnection,
+    wanted: list[str],
+    live: Rows,
+    compacted: CompactedRuns | None,
+    files: CheckedFiles | None,
+) -> None:
+    """Create the four views; those not in `wanted` are empty."""
     if files is not None and compacted is not None:
         connection.register_filesystem(files)
         allowed = [url(file) for file in compacted.files if file.table in wanted]
@@ -142,7 +162,6 @@ def _make_views(
         connection.register("gathered", live.table(name))
         connection.execute(f"insert into journals.{name} from gathered")
         connection.unregister("gathered")
-    return files
 
 
 def _snapshot(
