@@ -146,7 +146,7 @@ EXHIBITS: Final = [
     Exhibit(
         "lost epoch of a resumed run",
         "storage:Storage._indexed_view",
-        "self._index.has(run_id, newest + 1)",
+        "self.index.has(run_id, newest + 1)",
         "False",
         "files removed runs/b4/again/1.journal",
     ),
