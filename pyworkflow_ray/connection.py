@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import sys
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +17,7 @@ from pyworkflow_ray.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:
     from pyworkflow_ray.runtime.client import Client
-    from pyworkflow_ray.storage.storage import Storage
+    from pyworkflow_ray.storage.port import StoragePort
 
 log = logging.getLogger("pyworkflow_ray")
 
@@ -44,7 +43,8 @@ def init(storage: str | os.PathLike[str] | None = None, address: str | None = No
     """Connect this process: the storage, and Ray. Optional: the first use does it from the environment.
 
     Args:
-        storage: Directory of the runs; None: `PYWORKFLOW_STORAGE`, else `~/.pyworkflow-ray`.
+        storage: Directory of the runs, or the URL of a bucket (s3://bucket/prefix, also gs and az); None:
+            `PYWORKFLOW_STORAGE`, else `~/.pyworkflow-ray`.
         address: As in Ray; None: `RAY_ADDRESS`, a running local cluster, else a new local one.
         settings: log_level, allow_pickle, max_payload_bytes, pool_min, pool_max, worker_wait_max,
             compact_after, compact_above, compact_failed_after, retain.
@@ -57,10 +57,10 @@ def init(storage: str | os.PathLike[str] | None = None, address: str | None = No
     from pyworkflow_ray.settings import load_settings
 
     ray_options = settings.pop("ray_options", None)
-    loaded = load_settings(storage=None if storage is None else Path(storage), **settings)
+    loaded = load_settings(storage=storage, **settings)
     running = current()
     if running is not None:
-        if Path(running.storage.root) != loaded.storage or (_settings is not None and loaded != _settings):
+        if running.storage.root != str(loaded.storage) or (_settings is not None and loaded != _settings):
             raise ConfigurationError(
                 f"this process is connected already, with storage={running.storage.root!r} and "
                 f"{_shown(_settings)}: call pw.shutdown() before pw.init with other settings"
@@ -113,9 +113,7 @@ def _connect(ray_options: dict[str, Any] | None = None) -> Client:
 
 
 def _report_unfinished(client: Client) -> None:
-    from pyworkflow_ray.storage.lease import lease_states
-
-    living = lease_states(client.storage, declare=False).living
+    living = client.storage.lease_states(declare=False).living
     left = []
     for run_id in client.storage.unfinished():
         with contextlib.suppress(StorageError):
@@ -127,7 +125,7 @@ def _report_unfinished(client: Client) -> None:
                     client.storage.root, len(left), shown)  # fmt: skip
 
 
-def need_client(storage: Storage | None) -> Client:
+def need_client(storage: StoragePort | None) -> Client:
     client = client_of(storage) if storage is not None else None
     client = client or _connect()
     if storage is not None and client.storage.storage_id != storage.storage_id:
@@ -138,30 +136,30 @@ def need_client(storage: Storage | None) -> Client:
     return client
 
 
-def client_of(storage: Storage) -> Client | None:
+def client_of(storage: StoragePort) -> Client | None:
     """This process's client, where it is one of this storage; connects nothing."""
     module = sys.modules.get("pyworkflow_ray.runtime.client")
     client = module.current() if module is not None else None
     return client if client is not None and client.storage.storage_id == storage.storage_id else None
 
 
-def open_storage() -> Storage:
+def open_storage() -> StoragePort:
     """The storage of this process, without Ray."""
-    from pyworkflow_ray.storage.storage import Storage
+    from pyworkflow_ray.storage import port
 
     module = sys.modules.get("pyworkflow_ray.runtime.client")
     client = module.current() if module is not None else None
     if client is not None:
-        return cast(Storage, client.storage)
+        return cast("StoragePort", client.storage)
     settings = _settings
     if settings is None:
         from pyworkflow_ray.settings import load_settings
 
         settings = load_settings()
-    return Storage.open(settings.storage)
+    return port.open_storage(settings.storage)
 
 
-def codec_of(storage: Storage) -> Any:
+def codec_of(storage: StoragePort) -> Any:
     """The codec for what lies in `storage`, by this process's settings."""
     from pyworkflow_ray.storage.codec import StorageCodec
 

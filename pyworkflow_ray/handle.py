@@ -20,7 +20,8 @@ from pyworkflow_ray.errors import RunCancelledError, RunFailedError, StepFailedE
 
 if TYPE_CHECKING:
     from pyworkflow_ray.observability.model import RunView, StepView
-    from pyworkflow_ray.storage.storage import RunHistory, Storage
+    from pyworkflow_ray.storage.port import StoragePort
+    from pyworkflow_ray.storage.storage import RunHistory
 
 R = TypeVar("R")
 
@@ -52,7 +53,7 @@ class RunHandle(Generic[R]):
         run_id: Its id.
     """
 
-    def __init__(self, run_id: str, storage: Storage) -> None:
+    def __init__(self, run_id: str, storage: StoragePort) -> None:
         self.run_id = run_id
         self._storage = storage
 
@@ -81,10 +82,9 @@ class RunHandle(Generic[R]):
     def explain(self) -> RunView:
         """What happened, why, and what happens next: the model that the command line and notebooks show."""
         from pyworkflow_ray.observability.view import explain
-        from pyworkflow_ray.storage.lease import is_held
 
         history = self._history()
-        held = is_held(self._storage, history.lease)
+        held = self._storage.is_held(history.lease)
         return explain(history.events, time.time(), owner_alive=held, torn=history.torn and not history.finished)
 
     @property

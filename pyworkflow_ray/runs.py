@@ -25,7 +25,7 @@ from pyworkflow_ray.workflow import Workflow
 if TYPE_CHECKING:
     import duckdb
 
-    from pyworkflow_ray.storage.storage import Storage
+    from pyworkflow_ray.storage.port import StoragePort
 
 __all__ = [
     "RunHandle",
@@ -217,7 +217,7 @@ def list_runs(
     return [RunHandle(row.run_id, storage) for row in found.rows]
 
 
-def _before(storage: Storage, before: str | RunHandle[Any] | None) -> tuple[int, str] | None:
+def _before(storage: StoragePort, before: str | RunHandle[Any] | None) -> tuple[int, str] | None:
     """The place in the list that `before` means; text is `microseconds/run id` or a run id."""
     from pyworkflow_ray.storage.listing import find
 

@@ -28,7 +28,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
-    storage: Path = Field(default=Path("~/.pyworkflow-ray"), description="Directory that holds runs and checkpoints")
+    storage: Path | str = Field(
+        default=Path("~/.pyworkflow-ray"),
+        description="Directory that holds runs and checkpoints, or the URL of a bucket: s3://bucket/prefix",
+    )
     log_level: LogLevel = Field(default="INFO", description="Level of our own log lines")
     allow_pickle: bool = Field(default=True, description="False refuses pickled values, on write and on read")
     max_payload_bytes: int | None = Field(
@@ -58,12 +61,14 @@ class Settings(BaseSettings):
         description="How long runs are kept after their end, by status: completed=30d,failed=90d. Others: for ever",
     )
 
-    @field_validator("storage", mode="after")
+    @field_validator("storage", mode="plain")
     @classmethod
-    def _directory(cls, value: Path) -> Path:
-        from pyworkflow_ray.storage.directory import directory_of
+    def _place(cls, value: Any) -> Path | str:
+        from pyworkflow_ray.storage.directory import place_of
 
-        return Path(directory_of(value))
+        if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+            raise ValueError("a path, or a URL such as s3://bucket/prefix")
+        return place_of(value)
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -213,6 +213,7 @@ def step(
     total_timeout: Duration | None = None,
     breaker: Any = None,
     idempotent: bool = True,
+    durability: Literal["strict", "relaxed"] = "strict",
     max_recoveries: int = 3,
     executor: Literal["task", "local"] = "task",
     num_cpus: float | None = None,
@@ -262,6 +263,11 @@ def step(fn: Any = None, /, **options: Any) -> Any:
         retry_budget: A `RetryBudget` or its name: each retry takes tokens from it, across the cluster; where it is
             empty the step fails with `RetryBudgetExhausted` from its last error.
         idempotent: False: an attempt whose outcome is unknown is never repeated; the workflow gets `StepLostError`.
+        durability: "strict": the step begins once everything before it is durable. "relaxed", for steps whose
+            repetition is harmless, after a crash perhaps with other arguments: it begins while the records of relaxed
+            steps before it are still being written, so that a chain of them waits for the storage once and not once a
+            step. All of them are durable before a strict step begins, the run ends, parks or pauses, or a compensation
+            runs.
         max_recoveries: Executions again after a lost worker, node, or out of memory, ≥ 0 (default 3).
         executor: "task": a Ray task; "local": inside the run's actor, for tiny steps.
         num_cpus: CPUs of the task; None: 1. `num_gpus`, `memory` (bytes), `resources`, `runtime_env`,

@@ -64,7 +64,7 @@ def compact(
     retain: tuple[tuple[str, float], ...],
     dry_run: bool,
     as_json: bool,
-    storage_path: Path | None,
+    storage_path: opt.StorageName | None,
 ) -> int:
     """Move runs that ended, and long histories of live ones, into Parquet. No live run waits for it.
 
@@ -76,7 +76,7 @@ def compact(
     from pyworkflow_ray.storage.compact import compact as move
 
     rules = Rules(older_than_s=older_than, above_bytes=above, failed_after_s=failed_after, retain_s=dict(retain))
-    done, screen = move(_open(storage_path), rules, dry_run=dry_run), Screen()
+    done, screen = move(_open(storage_path, "storage compact"), rules, dry_run=dry_run), Screen()
     if as_json:
         screen.raw(to_json(dataclasses.asdict(done)))
     elif dry_run:
@@ -103,11 +103,11 @@ def compact(
 @storage.command()
 @opt.json_option
 @opt.storage_option
-def verify(as_json: bool, storage_path: Path | None) -> int:
+def verify(as_json: bool, storage_path: opt.StorageName | None) -> int:
     """Read every journal, checkpoint, payload, lease and index entry; exit 1 and name each file that is damaged."""
     from pyworkflow_ray.storage.verify import verify as read_all
 
-    report, screen = read_all(_open(storage_path)), Screen()
+    report, screen = read_all(_open(storage_path, "storage verify")), Screen()
     found = report.damaged
     if as_json:
         damaged = [{"run_id": d.run_id, "path": d.path, "error": d.error} for d in found]
@@ -121,10 +121,10 @@ def verify(as_json: bool, storage_path: Path | None) -> int:
     return 1 if found else 0
 
 
-def _open(storage_path: Path | None) -> Storage:
-    from pyworkflow_ray.storage.storage import Storage
+def _open(storage_path: opt.StorageName | None, what: str) -> Storage:
+    from pyworkflow_ray.storage.port import need_directory, open_storage
 
-    return Storage.open(opt.storage_root(storage_path), create=False)
+    return need_directory(open_storage(opt.storage_root(storage_path), create=False), what)
 
 
 health = opt.unavailable("health", "see: pyworkflow-ray runs list --stuck")

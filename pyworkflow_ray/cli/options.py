@@ -42,12 +42,23 @@ def _is_number(text: str) -> bool:
 DURATION = DurationType()
 
 
+StorageName = Path | str  # a directory, or the URL of a bucket
+
+
+class StorageType(click.Path):
+    """A directory, or the URL of a bucket, which is left as it is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, str) and "://" in value else super().convert(value, param, ctx)
+
+
 def storage_option(command: F) -> F:
     return click.option(
         "--storage",
         "storage_path",
-        type=click.Path(path_type=Path, file_okay=False),
-        help="Directory of runs and checkpoints. Default: PYWORKFLOW_STORAGE, else ~/.pyworkflow-ray.",
+        type=StorageType(path_type=Path, file_okay=False),
+        help="Directory of runs and checkpoints, or s3://bucket/prefix. "
+        "Default: PYWORKFLOW_STORAGE, else ~/.pyworkflow-ray.",
     )(command)
 
 
@@ -68,11 +79,11 @@ def watch_options(command: F) -> F:
     )
 
 
-def storage_root(given: Path | None) -> Path:
-    """The storage directory that a command means."""
-    from pyworkflow_ray.storage.directory import directory_of
+def storage_root(given: StorageName | None) -> StorageName:
+    """The storage that a command means: an absolute path, or a URL."""
+    from pyworkflow_ray.storage.directory import place_of
 
-    return Path(directory_of(given or os.environ.get("PYWORKFLOW_STORAGE") or DEFAULT_STORAGE))
+    return place_of(given or os.environ.get("PYWORKFLOW_STORAGE") or DEFAULT_STORAGE)
 
 
 class LocalZone(dt.tzinfo):

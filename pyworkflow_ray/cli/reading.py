@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyworkflow_ray.cli.options import storage_root
+from pyworkflow_ray.cli.options import StorageName, storage_root
 from pyworkflow_ray.engine.events import Event
 from pyworkflow_ray.errors import PyWorkflowError, RunNotFoundError, StorageError
 from pyworkflow_ray.observability.model import RunView
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import datetime as dt
 
     from pyworkflow_ray.storage.catalogue import Query
-    from pyworkflow_ray.storage.storage import Storage
+    from pyworkflow_ray.storage.port import StoragePort
 
 
 ENDED = frozenset({"completed", "failed", "cancelled"})
@@ -38,8 +38,8 @@ UNFINISHED = frozenset({"pending", "running", "parked", "paused"})
 class Reader:
     """An open storage for reading. `now` is asked once a screen, so that all its ages agree."""
 
-    storage: Storage | None
-    root: Path
+    storage: StoragePort | None
+    root: StorageName
     zone: dt.tzinfo
     alive: dict[str, bool | None] = field(default_factory=dict)
 
@@ -107,12 +107,10 @@ class Reader:
                 yield named(run_id, error)
 
     def _alive(self, lease: str) -> bool | None:
-        from pyworkflow_ray.storage.lease import is_held
-
         if not lease or self.storage is None:
             return None
         if lease not in self.alive:
-            self.alive[lease] = is_held(self.storage, lease)
+            self.alive[lease] = self.storage.is_held(lease)
         return self.alive[lease]
 
 
@@ -122,20 +120,20 @@ def named(run_id: str, error: Exception) -> PyWorkflowError:
     return StorageError(text if run_id in text else f"run {run_id}: {text}", path=getattr(error, "path", ""))
 
 
-def open_reader(given: Path | None, zone: dt.tzinfo) -> Reader:
+def open_reader(given: StorageName | None, zone: dt.tzinfo) -> Reader:
     """The storage of a command. Where the default one does not exist yet there are no runs.
 
     Raises:
         StorageError: `--storage` names a directory that is no storage.
     """
-    from pyworkflow_ray.storage.storage import Storage
+    from pyworkflow_ray.storage.port import open_storage
 
     root = storage_root(given)
-    if not root.exists():
+    if isinstance(root, Path) and not root.exists():
         if given is not None:
             raise StorageError(f"no storage at {root}: the directory does not exist", path=str(root))
         return Reader(None, root, zone)
-    return Reader(Storage.open(root, create=False), root, zone)
+    return Reader(open_storage(root, create=False), root, zone)
 
 
 @dataclass

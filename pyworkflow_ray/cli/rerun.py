@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -58,7 +57,7 @@ def rerun(
     address: str | None,
     utc: bool,
     as_json: bool,
-    storage_path: Path | None,
+    storage_path: opt.StorageName | None,
 ) -> int:
     """Start new runs with the workflow and arguments of old ones, and wait for them.
 

@@ -11,7 +11,6 @@ import importlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -45,7 +44,7 @@ def run(
     address: str | None,
     utc: bool,
     as_json: bool,
-    storage_path: Path | None,
+    storage_path: opt.StorageName | None,
 ) -> int:
     """Start a run of a workflow, wait for it, and explain how it ended.
 
@@ -63,7 +62,7 @@ def run(
 
 
 @contextlib.contextmanager
-def connected(storage_path: Path | None, address: str | None) -> Iterator[Any]:
+def connected(storage_path: opt.StorageName | None, address: str | None) -> Iterator[Any]:
     """The api, connected to storage and Ray for the length of a command."""
     import pyworkflow_ray as pw
 
@@ -203,7 +202,7 @@ def _no_constant(name: str) -> Any:
 @opt.json_option
 @opt.storage_option
 def cancel(
-    run_id: str, reason: str | None, address: str | None, utc: bool, as_json: bool, storage_path: Path | None
+    run_id: str, reason: str | None, address: str | None, utc: bool, as_json: bool, storage_path: opt.StorageName | None
 ) -> int:
     """Cancel a run: CancelledError is raised in it, its clean-up may still run, and it ends as cancelled."""
     reader = open_reader(storage_path, opt.zone(utc))
@@ -228,7 +227,7 @@ def cancel(
 @opt.utc_option
 @opt.json_option
 @opt.storage_option
-def resume(run_id: str, address: str | None, utc: bool, as_json: bool, storage_path: Path | None) -> int:
+def resume(run_id: str, address: str | None, utc: bool, as_json: bool, storage_path: opt.StorageName | None) -> int:
     """Let a paused run go on, or a failed one from its failed step, and wait for it. Others are left alone."""
     reader = open_reader(storage_path, opt.zone(utc))
     view = reader.view(run_id)
@@ -247,7 +246,7 @@ def resume(run_id: str, address: str | None, utc: bool, as_json: bool, storage_p
 @opt.utc_option
 @opt.json_option
 @opt.storage_option
-def wake(run_id: str, address: str | None, utc: bool, as_json: bool, storage_path: Path | None) -> int:
+def wake(run_id: str, address: str | None, utc: bool, as_json: bool, storage_path: opt.StorageName | None) -> int:
     """Make the retries that a run waits for happen now, and wait for it. Its own sleeps stay as they are."""
     reader = open_reader(storage_path, opt.zone(utc))
     view = reader.view(run_id)
@@ -266,7 +265,7 @@ def wake(run_id: str, address: str | None, utc: bool, as_json: bool, storage_pat
 @opt.utc_option
 @opt.json_option
 @opt.storage_option
-def pause(run_id: str, address: str | None, utc: bool, as_json: bool, storage_path: Path | None) -> int:
+def pause(run_id: str, address: str | None, utc: bool, as_json: bool, storage_path: opt.StorageName | None) -> int:
     """Pause a run for a person: it begins nothing more. Waits for the steps that run now to end."""
     reader = open_reader(storage_path, opt.zone(utc))
     view = reader.view(run_id)
@@ -286,7 +285,7 @@ def pause(run_id: str, address: str | None, utc: bool, as_json: bool, storage_pa
 @opt.utc_option
 @opt.json_option
 @opt.storage_option
-def recover(steal: bool, address: str | None, utc: bool, as_json: bool, storage_path: Path | None) -> int:
+def recover(steal: bool, address: str | None, utc: bool, as_json: bool, storage_path: opt.StorageName | None) -> int:
     """Take up the unfinished runs that no living owner holds, and wait for them."""
     reader = open_reader(storage_path, opt.zone(utc))
     with connected(storage_path, address) as pw:

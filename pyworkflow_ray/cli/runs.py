@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import click
 
@@ -60,7 +59,7 @@ def list_(
     interval: float,
     utc: bool,
     as_json: bool,
-    storage_path: Path | None,
+    storage_path: opt.StorageName | None,
     **flags: bool,
 ) -> int:
     """List runs, newest first: what each is doing, why, and what comes next."""
@@ -115,7 +114,7 @@ def show(
     interval: float,
     utc: bool,
     as_json: bool,
-    storage_path: Path | None,
+    storage_path: opt.StorageName | None,
 ) -> int:
     """Explain a run: the verdict, why, and what happens next and when."""
     reader, screen = open_reader(storage_path, opt.zone(utc)), Screen()
@@ -143,7 +142,9 @@ def show(
 @opt.utc_option
 @opt.json_option
 @opt.storage_option
-def events(run_id: str, step_number: int | None, utc: bool, as_json: bool, storage_path: Path | None) -> None:
+def events(
+    run_id: str, step_number: int | None, utc: bool, as_json: bool, storage_path: opt.StorageName | None
+) -> None:
     """The events of a run: the log that everything else is derived from."""
     reader, screen = open_reader(storage_path, opt.zone(utc)), Screen()
     view, log = reader.read(run_id)
@@ -164,7 +165,9 @@ def events(run_id: str, step_number: int | None, utc: bool, as_json: bool, stora
 @opt.utc_option
 @opt.json_option
 @opt.storage_option
-def timeline(run_id: str, watch: bool, interval: float, utc: bool, as_json: bool, storage_path: Path | None) -> int:
+def timeline(
+    run_id: str, watch: bool, interval: float, utc: bool, as_json: bool, storage_path: opt.StorageName | None
+) -> int:
     """Draw a run over time: a row a step, a segment an attempt."""
     reader, screen = open_reader(storage_path, opt.zone(utc)), Screen()
 

@@ -7,7 +7,6 @@ and checkpoints (named, exit code 1).
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import click
 
@@ -21,7 +20,7 @@ NAMES = ("overview", "failures", "retries", "slowest", "recovery", "nodes", "bre
 @click.argument("query")
 @opt.json_option
 @opt.storage_option
-def sql(query: str, as_json: bool, storage_path: Path | None) -> None:
+def sql(query: str, as_json: bool, storage_path: opt.StorageName | None) -> None:
     """Ask the runs in SQL: views runs, events, steps, attempts, over live journals and Parquet together.
 
     Example: pyworkflow-ray sql "select status, count(*) from runs group by 1"
@@ -37,7 +36,7 @@ def sql(query: str, as_json: bool, storage_path: Path | None) -> None:
 @opt.json_option
 @opt.storage_option
 def summary(
-    answer: str, since: float | None, limit: int, node: str | None, as_json: bool, storage_path: Path | None
+    answer: str, since: float | None, limit: int, node: str | None, as_json: bool, storage_path: opt.StorageName | None
 ) -> None:
     """Answer what is asked after failures, over all runs.
 
@@ -61,11 +60,11 @@ def summary(
     _print(screen, storage_path, answer_sql(answer, begin, limit=limit, node=node), as_json)
 
 
-def _print(screen: Screen, storage_path: Path | None, query: str, as_json: bool) -> None:
+def _print(screen: Screen, storage_path: opt.StorageName | None, query: str, as_json: bool) -> None:
+    from pyworkflow_ray.storage.port import open_storage
     from pyworkflow_ray.storage.sql import rows
-    from pyworkflow_ray.storage.storage import Storage
 
-    names, found = rows(Storage.open(opt.storage_root(storage_path), create=False), query)
+    names, found = rows(open_storage(opt.storage_root(storage_path), create=False), query)
     if as_json:
         screen.raw(to_json([dict(zip(names, row, strict=True)) for row in found]))
         return

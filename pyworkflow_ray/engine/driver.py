@@ -5,7 +5,7 @@ test environment). Rules:
 
 * A completion may be delivered to the body before it is durable; the commands that follow are appended with it, and
   are dispatched or acknowledged only when they are durable.
-* A step that was dispatched has all earlier completions durable before it.
+* A step that was dispatched has all earlier completions durable before it; `barrier` tells of relaxed ones.
 * Notes that nobody waits for (a started attempt) ride with the next append, or alone after `flush_after_s`.
 * An outcome of a dispatch that is not the step's current one is dropped: a zombie changes nothing.
 * The run parks when nothing is executed and the next thing is due later than `park_after_s`.
@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pyworkflow_ray.engine import chunks, known, overdue, pausing
+from pyworkflow_ray.engine import barrier, chunks, known, overdue, pausing
 from pyworkflow_ray.engine.calls import ChunkCall, Codec, Outcome, StepCall
 from pyworkflow_ray.engine.commands import Append, CancelDispatch, Dispatch, Effect, Finish, Limits, Park, Pause
 from pyworkflow_ray.engine.events import (
@@ -81,7 +81,7 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
         self._pending: list[Event] = []  # numbered, to be appended by this input
         self._lazy: list[Event] = []  # not numbered yet, ride with the next append
         self._flush_at: float | None = None
-        self._durable = -1
+        self._durable = self._barrier = -1  # seq; before the barrier's no relaxed step begins
         self._cause = ""  # of this activation
         self._paused_by_hand = False
         self._cancel_deadline: float | None = None
@@ -289,6 +289,8 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
         event.seq = self._history.next_seq
         self._history.apply(event)
         self._lazy.append(event)
+        if not barrier.passes(event, self._history):
+            self._barrier = event.seq
         if self._flush_at is None:
             self._flush_at = self._now + self._limits.flush_after_s
 
@@ -354,8 +356,8 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
         return step
 
     def _gate(self, effect: Effect) -> None:
-        """Let `effect` out when everything recorded so far is durable."""
-        self._gated.append((self._history.next_seq - 1, effect))
+        """Let `effect` out when everything recorded so far is durable, or what `barrier` asks for."""
+        self._gated.append((self._barrier if barrier.is_relaxed(effect) else self._history.next_seq - 1, effect))
 
     def _dispatch(self, step: StepState) -> None:
         created = self._history.created
@@ -591,5 +593,5 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
         if self._lazy:
             self._effects.append(Append(tuple(self._lazy)))
             self._lazy = []
-        elif self._gated and self._gated[0][0] <= self._durable:
+        if self._gated and self._gated[0][0] <= self._durable:
             self.durable(self._durable, 0.0)

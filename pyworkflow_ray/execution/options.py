@@ -41,6 +41,7 @@ STEP_OPTIONS = (
     "on_open",
     "retry_budget",
     "idempotent",
+    "durability",
     "max_recoveries",
     "executor",
     *_RAY_NAMED,
@@ -124,6 +125,7 @@ def check_step_options(given: Mapping[str, Any], where: str = "@step") -> StepOp
         on_open=check.choice("on_open", "raise", ("raise", "wait")),
         total_timeout_s=check.duration("total_timeout", None, above_zero=True),
         idempotent=check.flag("idempotent", True),
+        durability=check.choice("durability", "strict", ("strict", "relaxed")),
         max_recoveries=check.whole("max_recoveries", 3) or 0,
     )
     executor = check.choice("executor", "task", _EXECUTORS)
@@ -134,6 +136,8 @@ def check_step_options(given: Mapping[str, Any], where: str = "@step") -> StepOp
             name, "not on executor='local': a local step runs inside the run's actor and takes no resources of its own"
         )
     breaker = _breaker(check)
+    if policy.durability == "relaxed" and not policy.idempotent:
+        check.refuse("durability", "'strict' with idempotent=False: a relaxed step may be executed again after a crash")
     if policy.on_open == "wait" and breaker is None:
         check.refuse("on_open", "given together with breaker=: without one there is nothing to wait for")
     return StepOptions(

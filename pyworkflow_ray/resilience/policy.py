@@ -36,4 +36,5 @@ class RetryPolicy(BaseModel):
     retry_budget: str | None = _left_out(None)  # its name; its settings travel with the run
     on_exhausted: Literal["raise", "pause"] = _left_out("raise")
     on_open: Literal["raise", "wait"] = _left_out("raise")  # what an attempt does that its breaker refuses
+    durability: Literal["strict", "relaxed"] = _left_out("strict")  # what must be durable before it begins
     total_timeout_s: float | None = _left_out(None)  # all attempts and waits together, from the first attempt's begin

@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from pyworkflow_ray.engine.calls import Codec, Outcome, StepCall
@@ -30,6 +32,7 @@ from pyworkflow_ray.engine.events import (
 from pyworkflow_ray.errors import FencedError, StorageError
 from pyworkflow_ray.execution.hooks import run_has_failed
 from pyworkflow_ray.runtime.messages import Assignment, RunReport
+from pyworkflow_ray.storage.port import JournalPort
 
 log = logging.getLogger("pyworkflow_ray.run")
 
@@ -43,18 +46,8 @@ class Executor(Protocol):
 
     def withdraw_locked(self, position: str, dispatch: int) -> None: ...
 
-
-class JournalPort(Protocol):
-    """What is used of `storage.journal.Journal`."""
-
-    @property
-    def epoch(self) -> int: ...
-
-    def append(self, events: list[Event]) -> Any: ...
-
-    def close(self) -> None: ...
-
-    def finish(self) -> None: ...
+    def look_again(self) -> None:
+        """Call `confirm_locked` soon; called on any thread, without the lock."""
 
 
 class ActiveRun:
@@ -77,6 +70,7 @@ class ActiveRun:
         self._events = events
         self._executor = executor
         self._worker, self._node = who
+        self._appends: deque[Future[int]] = deque()  # not durable yet, in order
         self._driver: Driver | None = None
         self._codec: Codec | None = None
 
@@ -161,6 +155,19 @@ class ActiveRun:
     def pause_by_hand_locked(self) -> None:
         self._input(lambda driver, now: driver.pause(now))
 
+    def confirm_locked(self) -> None:
+        """Appends that have become durable meanwhile, or have failed."""
+        self._input(lambda driver, now: self._confirm(driver, now))
+
+    @property
+    def is_unconfirmed(self) -> bool:
+        """Whether appends are on their way."""
+        return bool(self._appends) and self.report is None
+
+    def _confirm(self, driver: Driver, now: float) -> None:
+        while self._appends and self._appends[0].done():
+            driver.durable(self._appends.popleft().result(), now)
+
     def started_at(self, position: str) -> float | None:
         """When the attempt that runs now is known to have begun."""
         step = self._driver.history.steps.get(position) if self._driver is not None else None
@@ -217,8 +224,11 @@ class ActiveRun:
     def _carry_out(self, driver: Driver, effect: Effect) -> None:
         match effect:
             case Append(events):
-                seq = self._journal.append(list(events)).result()
-                driver.durable(seq, time.time())
+                append = self._journal.append(list(events))
+                self._appends.append(append)
+                if not append.done():  # a bucket: what waits for it comes out by `confirm_locked`
+                    append.add_done_callback(lambda _: self._executor.look_again())
+                self._confirm(driver, time.time())
             case Dispatch(call):
                 self._executor.dispatch_locked(call)
             case CancelDispatch(position, dispatch):

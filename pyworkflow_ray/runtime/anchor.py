@@ -17,8 +17,7 @@ from pyworkflow_ray.errors import FencedError
 from pyworkflow_ray.runtime.messages import ActorSpec, RuntimeConfig
 from pyworkflow_ray.runtime.run_actor import GROUPS, RunActor
 from pyworkflow_ray.runtime.typed_ray import as_actor, as_task
-from pyworkflow_ray.storage.lease import Lease
-from pyworkflow_ray.storage.storage import Storage
+from pyworkflow_ray.storage.port import open_storage
 
 
 def _warm(after: object = None) -> None:
@@ -46,7 +45,7 @@ class Anchor:
     def hold(self, lease: str) -> str:
         """Hold the shared lock of this lease from now on. Returns the incarnation."""
         if lease != self._lease_id:
-            self._lease = Lease.join(Storage.open(self._config.storage, create=False), lease)
+            self._lease = open_storage(self._config.storage, create=False).join_lease(lease)
             self._lease_id = lease
         return self._incarnation
 

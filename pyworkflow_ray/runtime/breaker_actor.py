@@ -34,7 +34,7 @@ from pyworkflow_ray.runtime.breaker_line import Teller, Views
 from pyworkflow_ray.runtime.breaker_link import WAIT_S, Link, new_process_id
 from pyworkflow_ray.runtime.line import Address
 from pyworkflow_ray.runtime.messages import controller_name
-from pyworkflow_ray.storage.breaker_states import BreakerStates
+from pyworkflow_ray.storage.port import breaker_states
 
 log = logging.getLogger("pyworkflow_ray.breaker")
 
@@ -67,7 +67,7 @@ class BreakerActor:
         self._changes = 0
         self._urgent = 0  # the latest change of a state
         self._changed = asyncio.Event()
-        self._kept = None if root is None else BreakerStates(root, name)
+        self._kept = None if root is None else breaker_states(root, name)
         self._saving: asyncio.Task[None] | None = None
         self._saved = 0  # the latest change of a state that is kept
         self._teller = Teller(ray.get_runtime_context().get_node_id(), lambda: self._said_since(None))

@@ -10,11 +10,11 @@ that another Ray owns (they are looked up in the storage); a Ray that was shut d
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,8 +31,7 @@ from pyworkflow_ray.runtime.following import Follower
 from pyworkflow_ray.runtime.messages import NAMESPACE, Cursor, News, RuntimeConfig, Submitted, controller_name
 from pyworkflow_ray.runtime.process import make_codec, set_log_level
 from pyworkflow_ray.runtime.typed_ray import as_actor, cluster_resources
-from pyworkflow_ray.storage.lease import Lease
-from pyworkflow_ray.storage.storage import Storage
+from pyworkflow_ray.storage.port import LeasePort, StoragePort, open_storage
 
 log = logging.getLogger("pyworkflow_ray")
 
@@ -45,7 +44,7 @@ class Client:
     """See the module."""
 
     def __init__(
-        self, storage: Storage, config: RuntimeConfig, environment: CodeEnvironment, *, owns_ray: bool
+        self, storage: StoragePort, config: RuntimeConfig, environment: CodeEnvironment, *, owns_ray: bool
     ) -> None:
         self.storage = storage
         self.config = config
@@ -67,7 +66,7 @@ class Client:
             return ray.get_actor(name, namespace=NAMESPACE)
         except ValueError:
             pass
-        lease = Lease.join(self.storage)  # held until the actors hold it: it must not look dead meanwhile
+        lease = self.storage.join_lease()  # held until the actors hold it: it must not look dead meanwhile
         cpus = self._cpus
         anchor = make_anchor(self.config, self.environment, lease.id, cpus, self.config.pool_min)
         controller = (
@@ -157,7 +156,7 @@ class Client:
             ray.shutdown()
 
 
-def _let_go(lease: Lease, controller: Any, anchor: Any) -> None:
+def _let_go(lease: LeasePort, controller: Any, anchor: Any) -> None:
     """Hold the lease until the actors do."""
     try:
         ray.get([controller.ready.remote(), anchor.lease.remote()], timeout=120.0)
@@ -179,7 +178,7 @@ def current() -> Client | None:
 
 
 def connect(
-    storage: Path | str,
+    storage: str | os.PathLike[str],
     *,
     address: str | None = None,
     allow_pickle: bool = True,
@@ -201,7 +200,7 @@ def connect(
         if found is not None:
             return found
         set_log_level(log_level)
-        opened = Storage.open(storage)
+        opened = open_storage(storage)
         owns_ray = ensure_ray(address, ray_options)
         config = RuntimeConfig(
             storage=opened.root,

@@ -30,7 +30,7 @@ from pyworkflow_ray.runtime.dispatcher import KEPT_NEWS, Dispatcher, Known
 from pyworkflow_ray.runtime.messages import Assignment, Cursor, News, RunReport, RuntimeConfig, Submitted
 from pyworkflow_ray.runtime.submission import difference
 from pyworkflow_ray.runtime.upkeep import Upkeep
-from pyworkflow_ray.storage.lease import Lease
+from pyworkflow_ray.storage.port import LeasePort
 
 log = logging.getLogger("pyworkflow_ray.controller")
 
@@ -56,11 +56,11 @@ class Controller(Dispatcher):
         else:
             threading.Thread(target=self._rebuild, args=(lease_id,), name="rebuild", daemon=True).start()
 
-    def _hold(self, lease_id: str) -> Lease:
+    def _hold(self, lease_id: str) -> LeasePort:
         try:
-            return Lease.join(self.storage, lease_id)
+            return self.storage.join_lease(lease_id)
         except FencedError:  # somebody proved that nobody held it any more, and may have taken our runs
-            return Lease.join(self.storage)
+            return self.storage.join_lease()
 
     def _rebuild(self, lease_id: str) -> None:
         try:
@@ -74,7 +74,7 @@ class Controller(Dispatcher):
             for pool in self.pools.values():
                 self.pump_locked(pool)
 
-    def _settled_lease(self) -> Lease:
+    def _settled_lease(self) -> LeasePort:
         with self.lock:
             self.changed.wait_for(lambda: self.lease is not None, timeout=60.0)
             if self.lease is None:

@@ -33,7 +33,7 @@ from pyworkflow_ray.runtime.messages import NAMESPACE, Assignment, RunReport, Ru
 from pyworkflow_ray.runtime.pool import Pool, Slot
 from pyworkflow_ray.runtime.process import enter_process
 from pyworkflow_ray.runtime.typed_ray import as_actor
-from pyworkflow_ray.storage.lease import Lease
+from pyworkflow_ray.storage.port import LeasePort
 
 log = logging.getLogger("pyworkflow_ray.controller")
 
@@ -73,7 +73,7 @@ class Dispatcher:
         self.changed = threading.Condition(self.lock)
         self.pools: dict[str, Pool] = {}
         self.runs: dict[str, Known] = {}
-        self.lease: Lease | None = None
+        self.lease: LeasePort | None = None
         self.rebuilt = True
         self.draining = False
         self.news: deque[tuple[str, str]] = deque(maxlen=KEPT_NEWS)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pyworkflow_ray.engine.events import Payload
 from pyworkflow_ray.errors import PyWorkflowError, StorageError
 from pyworkflow_ray.runtime.messages import Change, Cursor, News
-from pyworkflow_ray.storage.storage import Storage
+from pyworkflow_ray.storage.port import StoragePort
 
 log = logging.getLogger("pyworkflow_ray")
 
@@ -59,7 +59,7 @@ class Follower:
 
     def __init__(
         self,
-        storage: Storage,
+        storage: StoragePort,
         *,
         watch: Callable[[Cursor | None, float, float], Future[News]],
         states: Callable[[list[str]], dict[str, str]],

@@ -18,7 +18,7 @@ from pyworkflow_ray.runtime.breaker_actor import guard_for, keep_in
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.runtime.shared_objects import SharedObjects
 from pyworkflow_ray.storage.codec import StorageCodec
-from pyworkflow_ray.storage.storage import Storage
+from pyworkflow_ray.storage.port import StoragePort, open_storage
 
 OUR_PREFIX = "pyworkflow_ray "
 
@@ -28,7 +28,7 @@ class Process:
 
     def __init__(self, config: RuntimeConfig) -> None:
         self.config = config
-        self.storage = Storage.open(config.storage, create=False)
+        self.storage = open_storage(config.storage, create=False)
         self.shared = SharedObjects()
         self.codec = make_codec(self.storage, config, self.shared)
         keep_in(self.storage.root)
@@ -40,7 +40,7 @@ class Process:
         return guard_for(call)
 
 
-def make_codec(storage: Storage, config: RuntimeConfig, shared: SharedObjects | None = None) -> StorageCodec:
+def make_codec(storage: StoragePort, config: RuntimeConfig, shared: SharedObjects | None = None) -> StorageCodec:
     """The codec that this configuration asks for."""
     return StorageCodec(
         storage,

@@ -40,7 +40,6 @@ from pyworkflow_ray.runtime.messages import NAMESPACE, ActorSpec, Assignment, Do
 from pyworkflow_ray.runtime.process import enter_process
 from pyworkflow_ray.runtime.step_host import run_call
 from pyworkflow_ray.runtime.stuck import stuck_outcome
-from pyworkflow_ray.storage.lease import Lease
 
 log = logging.getLogger("pyworkflow_ray.run_actor")
 
@@ -65,7 +64,7 @@ class RunActor:
         self._missing_roots = enter_environment(spec.environment)
         self._process = enter_process(spec.config)
         self._kept = self._process.shared.keep_here()
-        self._lease = Lease.join(self._process.storage, spec.lease)
+        self._lease = self._process.storage.join_lease(spec.lease)
         filter_replayed_lines()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -343,6 +342,9 @@ class RunActor:
         else:
             self._hosts.offer_locked(call)
 
+    def look_again(self) -> None:
+        self._inbox.put(None)
+
     def withdraw_locked(self, position: str, dispatch: int) -> None:
         for call in self._local_calls:
             if (call.position, call.dispatch) == (position, dispatch):
@@ -412,6 +414,9 @@ class RunActor:
         with self._lock:
             if item is not None:
                 self._host_ended_locked(*item)
+            if self._active is not None and self._active.is_unconfirmed:
+                self._active.confirm_locked()
+                self._settle_locked()
             doomed = self._hosts.due_kills_locked()
             if self._batch_began is not None and time.monotonic() >= self._batch_began + _PROGRESS_S:
                 self._batch_began = None

@@ -26,7 +26,7 @@ from pyworkflow_ray.resilience.retry import spread
 from pyworkflow_ray.runtime.active_run import ActiveRun
 from pyworkflow_ray.runtime.messages import Assignment, Cause, RunReport
 from pyworkflow_ray.storage.journal import RETIRED
-from pyworkflow_ray.storage.lease import lease_states, orphans
+from pyworkflow_ray.storage.lease import orphans
 
 if TYPE_CHECKING:
     from pyworkflow_ray.runtime.dispatcher import Dispatcher
@@ -124,7 +124,7 @@ def pause(controller: Dispatcher, run_id: str) -> str:
 
 def check_owner(controller: Dispatcher, run_id: str, lease: str) -> None:
     mine = controller.lease.id if controller.lease is not None else ""
-    if lease in ("", RETIRED, mine) or lease in lease_states(controller.storage, declare=True).dead:
+    if lease in ("", RETIRED, mine) or lease in controller.storage.lease_states(declare=True).dead:
         return
     raise RunError(
         f"run {run_id!r} is owned by another Ray that lives (lease {lease[:8]}): ask there, or stop it and recover()",
@@ -198,6 +198,9 @@ class _Nobody:
         raise AssertionError("a run that is paused dispatches nothing")
 
     def withdraw_locked(self, position: str, dispatch: int) -> None:
+        pass
+
+    def look_again(self) -> None:
         pass
 
 

@@ -27,6 +27,28 @@ VERSION = 1
 States = list[tuple[str | None, dict[str, Any]]]  # key (None: the breaker itself) and what `Truth.save` gave
 
 
+def states_file(name: str) -> str:
+    """Name of the file of this breaker."""
+    return hashlib.sha256(name.encode()).hexdigest()[:32] + ".json"
+
+
+def encode_states(name: str, states: States, at: float) -> bytes:
+    content = {"version": VERSION, "name": name, "saved_at": at, "states": [list(one) for one in states]}
+    return encode_checked(f"{DIRECTORY}/{states_file(name)}", content)
+
+
+def decode_states(name: str, data: bytes, path: str) -> tuple[States, float]:
+    """States and when they were kept.
+
+    Raises:
+        CorruptJournalError: damaged, or another breaker's. KeyError, TypeError, ValueError: of a newer version.
+    """
+    content = decode_checked(f"{DIRECTORY}/{states_file(name)}", data, path)
+    if content["version"] != VERSION:
+        raise ValueError(f"written by a newer version ({content['version']})")
+    return [(key, dict(state)) for key, state in content["states"]], float(content["saved_at"])
+
+
 class BreakerStates:
     """The states of one breaker in one storage."""
 
@@ -34,7 +56,7 @@ class BreakerStates:
         self._disk = disk or Disk()
         self._name = name
         self._directory = os.path.join(root, DIRECTORY)
-        self._file = hashlib.sha256(name.encode()).hexdigest()[:32] + ".json"
+        self._file = states_file(name)
         self.path = os.path.join(self._directory, self._file)
 
     def save(self, states: States, at: float) -> None:
@@ -44,25 +66,17 @@ class BreakerStates:
             OSError: the storage can't be written.
         """
         ensure_directory(self._disk, self._directory)
-        content = {"version": VERSION, "name": self._name, "saved_at": at, "states": [list(one) for one in states]}
         temporary = f"{self.path}.{self._disk.token()}"
-        self._disk.write_file(temporary, encode_checked(self._place, content))
+        self._disk.write_file(temporary, encode_states(self._name, states, at))
         self._disk.rename(temporary, self.path)
         self._disk.sync_dir(self._directory)
 
     def load(self) -> tuple[States, float] | None:
         """What was kept and when; None where nothing was, or it can't be read (which is logged)."""
         try:
-            content = decode_checked(self._place, self._disk.read(self.path), self.path)
-            if content["version"] != VERSION:
-                raise ValueError(f"written by a newer version ({content['version']})")
-            return [(key, dict(state)) for key, state in content["states"]], float(content["saved_at"])
+            return decode_states(self._name, self._disk.read(self.path), self.path)
         except FileNotFoundError:
             return None
         except (CorruptJournalError, OSError, KeyError, TypeError, ValueError) as error:
             log.error("circuit breaker %r begins closed, its kept state can't be read: %s", self._name, error)
             return None
-
-    @property
-    def _place(self) -> str:
-        return f"{DIRECTORY}/{self._file}"

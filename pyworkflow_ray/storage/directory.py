@@ -11,6 +11,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError
@@ -26,6 +27,20 @@ DIRECTORIES: Final = ("active", "ended", "runs", "blobs", "leases", "tmp")
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path has made one slash of two; C:/ is none
 
 
+def is_url(storage: str | os.PathLike[str]) -> bool:
+    """Whether a storage is named by a URL and not by a path."""
+    return isinstance(storage, str) and "://" in storage
+
+
+def place_of(storage: str | os.PathLike[str]) -> Path | str:
+    """A storage as a person names it: an absolute path, or the URL of an object store as text.
+
+    Raises:
+        ConfigurationError: it is a URL that has become a path.
+    """
+    return str(storage).rstrip("/") if is_url(storage) else Path(directory_of(storage))
+
+
 def directory_of(path: str | os.PathLike[str]) -> str:
     """The absolute path of a storage directory, `~` expanded. Called by whatever takes one from a person.
 
@@ -35,7 +50,7 @@ def directory_of(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     if _URL.match(text):
         raise ConfigurationError(
-            f"storage={text!r}: object stores are not available in this version. Use a directory on a local disk"
+            f"storage={text!r} looks like a URL that has been made a path: give it as text, such as 's3://bucket/prefix'"
         )
     return os.path.abspath(os.path.expanduser(text))
 

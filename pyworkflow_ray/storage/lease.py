@@ -23,6 +23,7 @@ import re
 import time
 import weakref
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -30,6 +31,7 @@ from pyworkflow_ray.errors import CorruptJournalError, FencedError, PyWorkflowEr
 from pyworkflow_ray.ids import new_id
 from pyworkflow_ray.storage.checked import decode_checked, encode_checked
 from pyworkflow_ray.storage.journal import RETIRED, disk_error
+from pyworkflow_ray.storage.port import StoragePort
 from pyworkflow_ray.storage.storage import Storage
 
 _NAME: Final = re.compile(r"([0-9a-f]{32})\.(lease|dead)")
@@ -275,19 +277,22 @@ class Orphans:
     damaged: dict[str, str] = field(default_factory=dict)
 
 
-def orphans(storage: Storage, *, states: LeaseStates | None = None, run_ids: Iterable[str] | None = None) -> Orphans:
+def orphans(
+    storage: StoragePort, *, states: LeaseStates | None = None, run_ids: Iterable[str] | None = None
+) -> Orphans:
     """Which unfinished runs nobody holds. Leases without a holder are marked dead first, unless `states` is given.
 
     A run that is found to have ended (a crash kept it in the index) leaves the index here. A run whose lease is gone or
     damaged is left alone and said to be damaged: nothing proves that its owner is gone.
     """
-    states = lease_states(storage, declare=True) if states is None else states
+    states = storage.lease_states(declare=True) if states is None else states
     result = Orphans()
-    for run_id in storage.unfinished() if run_ids is None else run_ids:
+
+    def look(run_id: str) -> None:
         try:
             owner = storage.owner(run_id)
             if owner.lease not in ("", RETIRED) and owner.lease not in states.dead:
-                lost = _lost_lease(storage, owner.lease, states)
+                lost = storage.lost_lease(owner.lease, states)
                 if lost:
                     result.damaged[run_id] = lost
                 else:
@@ -296,10 +301,19 @@ def orphans(storage: Storage, *, states: LeaseStates | None = None, run_ids: Ite
                 result.runs.append(Orphan(run_id, owner.epoch, owner.lease))
         except StorageError as error:
             result.damaged[run_id] = str(error)
+
+    run_ids = storage.unfinished() if run_ids is None else run_ids
+    if storage.at_once == 1:
+        for run_id in run_ids:
+            look(run_id)
+    else:
+        with ThreadPoolExecutor(storage.at_once) as pool:
+            list(pool.map(look, run_ids))
+        result.runs.sort(key=lambda orphan: orphan.run_id)
     return result
 
 
-def _lost_lease(storage: Storage, lease_id: str, states: LeaseStates) -> str:
+def lost_lease(storage: Storage, lease_id: str, states: LeaseStates) -> str:
     """Why nobody can tell whether the lease's holders live; "" where one can."""
     if lease_id in states.damaged:
         return states.damaged[lease_id]

@@ -43,9 +43,7 @@ from pyworkflow_ray.storage.storage import Storage
 
 if TYPE_CHECKING:
     from pyworkflow_ray.storage.checkpoint import CompactedRuns
-    from pyworkflow_ray.storage.objects.storage import ObjectStorage
-
-    AnyStorage = Storage | ObjectStorage
+    from pyworkflow_ray.storage.port import StoragePort
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +75,7 @@ class Stock:
     damaged: dict[str, str]
 
 
-def page(storage: AnyStorage, query: Query, limit: int | None = None) -> Page:
+def page(storage: StoragePort, query: Query, limit: int | None = None) -> Page:
     """The newest `limit` runs that `query` takes. Damaged runs are named whatever it asks for.
 
     Raises:
@@ -93,7 +91,7 @@ def page(storage: AnyStorage, query: Query, limit: int | None = None) -> Page:
     return _asking(storage, ask)
 
 
-def scan(storage: AnyStorage, query: Query) -> tuple[list[Row], dict[str, str]]:
+def scan(storage: StoragePort, query: Query) -> tuple[list[Row], dict[str, str]]:
     """The same without a catalogue, every run read: the only way in a bucket, and what tests compare with."""
     rows, damaged = [], {}
     for run_id in storage.list_run_ids():
@@ -111,7 +109,7 @@ def _page(rows: Iterator[Row], limit: int | None, damaged: dict[str, str]) -> Pa
     return Page(taken[:limit], limit is not None and len(taken) > limit, damaged)
 
 
-def find(storage: AnyStorage, run_id: str) -> Row:
+def find(storage: StoragePort, run_id: str) -> Row:
     """One run's row.
 
     Raises:

@@ -40,7 +40,7 @@ from pyworkflow_ray.storage.tables import SCHEMAS, TABLES, Rows
 
 if TYPE_CHECKING:
     from pyworkflow_ray.storage.checkpoint_manifest import ParquetFile
-    from pyworkflow_ray.storage.objects.storage import ObjectStorage
+    from pyworkflow_ray.storage.port import StoragePort
 
 _SETTINGS: Final = (
     "SET TimeZone = 'UTC'",
@@ -62,7 +62,7 @@ _LOCKS: Final = ("SET enable_external_access = false", "SET lock_configuration =
 _TRIES: Final = 20
 
 
-def query(storage: Storage | ObjectStorage, sql: str) -> duckdb.DuckDBPyRelation:
+def query(storage: StoragePort, sql: str) -> duckdb.DuckDBPyRelation:
     """The answer to one query over the views `runs`, `events`, `steps` and `attempts`, as of now.
 
     The views are a snapshot made by this call, with every event that was acknowledged before it. Checkpoints are read
@@ -75,7 +75,7 @@ def query(storage: Storage | ObjectStorage, sql: str) -> duckdb.DuckDBPyRelation
     return _ask(storage, sql)[1]
 
 
-def _ask(storage: Storage | ObjectStorage, sql: str) -> tuple[CheckedFiles | None, duckdb.DuckDBPyRelation]:
+def _ask(storage: StoragePort, sql: str) -> tuple[CheckedFiles | None, duckdb.DuckDBPyRelation]:
     connection = duckdb.connect(":memory:")
     try:
         statements = connection.extract_statements(sql)
@@ -96,7 +96,7 @@ def _ask(storage: Storage | ObjectStorage, sql: str) -> tuple[CheckedFiles | Non
         raise ConfigurationError(f"sql: {error}") from None
 
 
-def rows(storage: Storage | ObjectStorage, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+def rows(storage: StoragePort, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Column names and all rows of a query's answer.
 
     Raises:
@@ -164,9 +164,7 @@ def _make_views(
         connection.unregister("gathered")
 
 
-def _snapshot(
-    storage: Storage | ObjectStorage, wanted: list[str]
-) -> tuple[Rows, CompactedRuns | None, CheckedFiles | None]:
+def _snapshot(storage: StoragePort, wanted: list[str]) -> tuple[Rows, CompactedRuns | None, CheckedFiles | None]:
     """The rows of runs in journals, and the files of the others."""
     if not wanted:
         return Rows([]), None, None
@@ -189,7 +187,7 @@ def _snapshot(
     raise AssertionError("not reached")
 
 
-def _gather(storage: Storage | ObjectStorage, run_ids: list[str], wanted: list[str]) -> Rows:
+def _gather(storage: StoragePort, run_ids: list[str], wanted: list[str]) -> Rows:
     rows = Rows(wanted)
     for run_id in run_ids:
         with contextlib.suppress(RunNotFoundError):  # never came to be, or was forgotten meanwhile

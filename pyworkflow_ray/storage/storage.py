@@ -26,7 +26,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pyworkflow_ray.engine.events import Event, RunCreated
 from pyworkflow_ray.errors import (
@@ -68,6 +68,9 @@ from pyworkflow_ray.storage.journal import (
 )
 from pyworkflow_ray.storage.mounts import network_file_system
 from pyworkflow_ray.storage.record import FORMAT_VERSION, chain_start, decode_records, parse_head
+
+if TYPE_CHECKING:
+    from pyworkflow_ray.storage.lease import Lease, LeaseStates
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +114,8 @@ class Storage:
         root: absolute path. storage_id: 32 hexadecimal digits, for the life of the directory. checkpoints: which runs
             are compacted.
     """
+
+    at_once: Final = 1  # runs that are worth reading at the same time
 
     def __init__(self, root: str, storage_id: str, disk: Disk = DISK, fold_limit: int = FOLD_LIMIT) -> None:
         self.root: Final = root
@@ -499,6 +504,32 @@ class Storage:
         except OSError as error:
             if error.errno != errno.ENOTEMPTY:  # somebody makes a run beside it: whoever looks again finds it
                 raise disk_error("retiring", directory, error) from error
+
+    # Leases: see `lease`, which knows how to hold one
+
+    def join_lease(self, lease_id: str | None = None) -> Lease:
+        """Hold a new lease, or with `lease_id` one that others made; raises as `Lease.join`."""
+        from pyworkflow_ray.storage.lease import Lease
+
+        return Lease.join(self, lease_id)
+
+    def lease_states(self, *, declare: bool) -> LeaseStates:
+        """How the leases of the storage stand; see `lease.lease_states`."""
+        from pyworkflow_ray.storage.lease import lease_states
+
+        return lease_states(self, declare=declare)
+
+    def is_held(self, lease_id: str) -> bool | None:
+        """Whether a living process holds the lease; None where that can't be told."""
+        from pyworkflow_ray.storage.lease import is_held
+
+        return is_held(self, lease_id)
+
+    def lost_lease(self, lease_id: str, states: LeaseStates) -> str:
+        """Why nobody can tell whether the lease's holders live; "" where one can."""
+        from pyworkflow_ray.storage.lease import lost_lease
+
+        return lost_lease(self, lease_id, states)
 
     # Blobs
 

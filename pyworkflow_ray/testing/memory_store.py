@@ -31,6 +31,10 @@ class MemoryStore:
         self._written.extend(events)
         return expected + len(events) - 1
 
+    def pending(self) -> list[Event]:
+        """What was appended and is not durable yet."""
+        return list(self._written)
+
     def sync(self) -> int:
         """Make all that was appended durable; gives the last durable seq."""
         self._persist(self._written)

@@ -34,6 +34,12 @@ def flaky(n: int, failures: int) -> int:
     raise NotImplementedError("simulated")
 
 
+@step(max_recoveries=100_000, durability="relaxed")
+def hasty(n: int) -> int:
+    """n + 1, without waiting for the record of a hasty step before it."""
+    return n + 1
+
+
 @step(max_recoveries=100_000)
 def refuse(n: int) -> int:
     """Fails for good."""
@@ -52,7 +58,7 @@ def broken(n: int) -> int:
     raise NotImplementedError("simulated")
 
 
-LEAVES = ("add", "flaky", "refuse", "sleep", "branch", "charge")
+LEAVES = ("add", "flaky", "refuse", "sleep", "branch", "charge", "hasty")
 NODES = ("seq", "gather", "group", "wait", "completed", "long_timeout", "short_timeout", "cancel", "queue")
 
 
@@ -63,6 +69,7 @@ def generate(rng: random.Random, depth: int = 3, width: int = 3) -> Program:
         n = rng.randint(0, 99)
         return {
             "add": ["add", n],
+            "hasty": ["hasty", n, rng.randint(1, 4)],
             "flaky": ["flaky", n, rng.randint(0, 3)],
             "refuse": ["refuse", n],
             "sleep": ["sleep", rng.choice([0, 0.01, 0.3, 5])],
@@ -80,6 +87,8 @@ def expected(program: Program) -> int:
     match program:
         case ["add", n]:
             return int(n) + 1
+        case ["hasty", n, count]:
+            return int(n) + int(count)
         case ["flaky", n, _] | ["branch", n]:
             return int(n)
         case ["refuse", n]:
@@ -116,6 +125,12 @@ async def interpret(program: Program) -> int:
 
 async def _add(n: int) -> int:
     return await add(n)
+
+
+async def _hasty(n: int, count: int) -> int:
+    for _ in range(count):
+        n = await hasty(n)
+    return n
 
 
 async def _flaky(n: int, failures: int) -> int:
@@ -251,6 +266,7 @@ async def _queue(children: list[Program]) -> int:
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "add": _add,
+    "hasty": _hasty,
     "flaky": _flaky,
     "refuse": _refuse,
     "charge": _charge,
@@ -283,6 +299,7 @@ class World:
         """The functions by registered name."""
         return {
             add.definition.name: add.fn,
+            hasty.definition.name: hasty.fn,
             flaky.definition.name: self._flaky,
             refuse.definition.name: refuse.fn,
             charge.definition.name: lambda n, failures: self._flaky(n + 1_000, failures) - 1_000,

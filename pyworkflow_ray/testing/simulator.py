@@ -42,6 +42,8 @@ from pyworkflow_ray.engine.events import (
     RunCreated,
     RunPaused,
     StepCompleted,
+    StepDispatched,
+    StepScheduled,
     StepStarted,
 )
 from pyworkflow_ray.engine.history import History, failed_positions
@@ -295,8 +297,7 @@ class Simulator:
                 slow = self._rng.random() < 0.2
                 self._at(self._rng.uniform(0.0, 0.5 if slow else 0.01), lambda: self._sync(driver))
             case Dispatch(call):
-                if call.position not in self.store.scheduled:
-                    raise AssertionError(f"seed {self.result.seed}: {call.position} is dispatched before it is durable")
+                self._check_durable(driver, call)
                 self._at(self._rng.uniform(0.0, 0.05), lambda: self._execute(driver, call))
             case CancelDispatch():
                 pass  # its outcome, if it comes, is dropped by the driver: that is what is simulated
@@ -310,6 +311,23 @@ class Simulator:
                 self.result.paused = event
             case Finish(event):
                 self.result.ended = event
+
+    def _check_durable(self, driver: Driver, call: StepCall) -> None:
+        """A step is dispatched when it is durable; a relaxed one when all but relaxed steps before it is."""
+        if call.policy.durability == "strict":
+            early = call.position not in self.store.scheduled
+        else:
+            steps = driver.history.steps
+            relaxed = {p for p, step in steps.items() if step.event.policy.durability == "relaxed"}
+            pending = self.store.pending()
+            begun = [
+                e.seq for e in pending if isinstance(e, (StepScheduled, StepDispatched)) and e.position == call.position
+            ]
+            before = [e for e in pending if e.seq < max(begun, default=-1) and not isinstance(e, RunActivated)]
+            early = any(getattr(event, "position", None) not in relaxed for event in before)
+            self.result.struck["early"] += bool(begun)
+        if early:
+            raise AssertionError(f"seed {self.result.seed}: {call.position} is dispatched before it is durable")
 
     def _sync(self, driver: Driver) -> None:
         if driver is self._driver:

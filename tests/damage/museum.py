@@ -152,14 +152,14 @@ EXHIBITS: Final = [
     ),
     Exhibit(
         "lease without a file held for ever",
-        "lease:_lost_lease",
+        "lease:lost_lease",
         "if lease_id in states.living or",
         "if True or",
         "files removed leases",
     ),
     Exhibit(
         "damaged mark held for ever",
-        "lease:_lost_lease",
+        "lease:lost_lease",
         "if lease_id in states.damaged:",
         "if False:",
         "files bit leases",

@@ -39,6 +39,7 @@ def test_ten_thousand_schedules_keep_every_invariant_and_every_fault_struck():
     assert min(struck["wake"], struck["resume"]) > 1_000
     assert struck["cancel"] > 300
     assert struck["together"] > 400
+    assert struck["early"] > 400  # relaxed steps that began before what precedes them was durable
     assert all(ran[name] > 500 for name in (*LEAVES, *NODES)), ran
 
 

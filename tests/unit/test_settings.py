@@ -72,15 +72,19 @@ def test_duration_text_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().worker_wait_max == 2.0
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/runs", "gs://bucket"])
-def test_an_url_as_storage_is_refused(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(pw.ConfigurationError, match="object stores are not available in this version"):
-        load_settings(storage=url)
+@pytest.mark.parametrize("url", ["s3://bucket/runs/", "gs://bucket"])
+def test_an_url_as_storage_stays_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings(storage=url).storage == url.rstrip("/")
     monkeypatch.setenv("PYWORKFLOW_STORAGE", url)
-    with pytest.raises(pw.ConfigurationError, match="object stores are not available in this version"):
+    assert load_settings().storage == url.rstrip("/")
+
+
+def test_an_url_that_has_been_made_a_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(pw.ConfigurationError, match="give it as text, such as 's3://bucket/prefix'"):
+        load_settings(storage=Path("s3://bucket/runs"))
+    monkeypatch.setenv("PYWORKFLOW_STORAGE", "s3:/bucket/runs")
+    with pytest.raises(pw.ConfigurationError, match="give it as text, such as 's3://bucket/prefix'"):
         load_settings()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_relative_storage_becomes_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Runs in a bucket: the storage of a cluster whose nodes share nothing else.
 
-Not reachable yet: `storage="s3://…"` is refused until leases, checkpoints and the command line go through one port too.
-
 `slots` is the format (pure), `bucket` the store's calls, `commit` and `journal` the fence, `leases` who lives,
 `storage` what the runtime calls. Needs obstore.
 """

@@ -50,7 +50,7 @@ from pyworkflow_ray.storage.objects.commit import (
     take_over,
 )
 from pyworkflow_ray.storage.objects.journal import ObjectJournal
-from pyworkflow_ray.storage.objects.leases import ObjectLease, Registry, join_lease, make_lease
+from pyworkflow_ray.storage.objects.leases import ObjectLease, Registry, join_lease, lease_key, make_lease
 from pyworkflow_ray.storage.objects.loop import current_loop
 from pyworkflow_ray.storage.objects.probe import open_storage_object, probe
 from pyworkflow_ray.storage.objects.slots import SlotHead, encode_slot, slot_key
@@ -90,7 +90,7 @@ class ObjectStorage:
             StorageError: it can't be reached, holds no storage, or a newer version made it.
             CorruptJournalError: `storage.json` is damaged, or missing from a storage that holds runs.
         """
-        return cls.over(_bucket(checked_url(url)), create=create)
+        return cls.over(open_bucket(checked_url(url)), create=create)
 
     @classmethod
     def over(cls, bucket: Bucket, *, create: bool = True) -> ObjectStorage:
@@ -262,6 +262,16 @@ class ObjectStorage:
         """Whether somebody renews the lease; None where that can't be told."""
         return self._wait(self._registry.is_held(lease_id)) if lease_id else None
 
+    def lost_lease(self, lease_id: str, states: LeaseStates) -> str:
+        """Why nobody can tell whether the lease's holders live; "" where one can."""
+        if lease_id in states.damaged:
+            return states.damaged[lease_id]
+        key = lease_key(lease_id)
+        # Not in the listing: made after it, or lost. A lease has its object for as long as a run names it.
+        if lease_id in states.living or self._wait(self.bucket.modified_at(key)) is not None:
+            return ""
+        return f"{self.root}/{key} is missing, so nothing proves that the run's owner is gone: restore it"
+
     # Blobs
 
     def put_blob(self, data: bytes) -> str:
@@ -341,7 +351,8 @@ def checked_url(url: str) -> str:
 _buckets: dict[tuple[int, str], ObstoreBucket] = {}
 
 
-def _bucket(url: str) -> ObstoreBucket:
+def open_bucket(url: str) -> ObstoreBucket:
+    """The bucket at a checked URL."""
     key = (os.getpid(), url)
     found = _buckets.get(key)
     if found is None:
