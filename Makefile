@@ -14,7 +14,7 @@ unexport PIP_REQUIRE_VIRTUALENV PIP_CONSTRAINT UV_CONSTRAINT UV_OVERRIDE UV_EXCL
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo unit test test-all soak sim check bench lock clean
+.PHONY: help setup demo unit test test-ray test-others test-all soak sim check bench lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,8 +35,15 @@ demo: setup ## a few hundred orders against failing services, killed with SIGKIL
 unit: setup ## tests without Ray, half a minute
 	$(PYTEST) tests/unit tests/property tests/cli -m "not ray and not slow"
 
+# Two processes side by side: the tests on Ray mostly wait, the others mostly compute. Each tells its result at its end.
 test: setup ## all tests but the slow ones, with Ray, up to 10 minutes
-	$(PYTEST) tests -m "not slow"
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-ray test-others
+
+test-ray: setup
+	$(PYTEST) tests -m "ray and not slow"
+
+test-others: setup
+	$(PYTEST) tests -m "not ray and not slow"
 
 test-all: setup ## all tests, at least 200 real SIGKILLs among them, up to an hour
 	HYPOTHESIS_PROFILE=search $(PYTEST) tests

@@ -13,7 +13,7 @@ from pyworkflow_ray.cli.main import CommandGroup
 from pyworkflow_ray.cli.reading import named
 from pyworkflow_ray.cli.screen import Screen, error_line, to_json
 from pyworkflow_ray.errors import StorageError
-from pyworkflow_ray.observability.words import size_text
+from pyworkflow_ray.observability.words import plural, size_text
 
 if TYPE_CHECKING:
     from pyworkflow_ray.storage.storage import Storage
@@ -81,18 +81,20 @@ def compact(
         screen.raw(to_json(dataclasses.asdict(done)))
     elif dry_run:
         screen.line(
-            f"would move {done.runs} runs, {done.events} events, and closed epochs of {done.live} live runs; "
-            f"would forget {done.dropped} runs; {done.kept} ended runs would stay in their journals"
+            f"would move {plural(done.runs, 'run')}, {plural(done.events, 'event')}, and closed epochs of "
+            f"{plural(done.live, 'live run')}; would forget {plural(done.dropped, 'run')}; "
+            f"{plural(done.kept, 'ended run')} would stay in journals"
         )
     else:
         screen.line(
-            f"{done.runs} runs, {done.events} events moved into {done.files} Parquet files ({size_text(done.bytes)}); "
-            f"{done.kept} ended runs stay in their journals"
+            f"{plural(done.runs, 'run')}, {plural(done.events, 'event')} moved into "
+            f"{plural(done.files, 'Parquet file')} ({size_text(done.bytes)}); "
+            f"{plural(done.kept, 'ended run')} left in journals"
         )
         if done.live or done.merged or done.dropped:
             screen.line(
-                f"closed epochs of {done.live} live runs moved, {done.merged} batches merged, "
-                f"{done.dropped} runs forgotten"
+                f"closed epochs of {plural(done.live, 'live run')} moved, "
+                f"{plural(done.merged, 'batch', 'batches')} merged, {plural(done.dropped, 'run')} forgotten"
             )
     screen.flush()
     for run_id, message in done.damaged:
@@ -113,7 +115,9 @@ def verify(as_json: bool, storage_path: opt.StorageName | None) -> int:
         damaged = [{"run_id": d.run_id, "path": d.path, "error": d.error} for d in found]
         screen.raw(to_json({"runs": report.runs, "torn": report.torn, "damaged": damaged}))
     else:
-        screen.line(f"{report.runs} runs read, {len(report.torn)} with a torn tail, {len(found)} errors")
+        screen.line(
+            f"{plural(report.runs, 'run')} read, {len(report.torn)} with a torn tail, {plural(len(found), 'error')}"
+        )
     screen.flush()
     for one in found:
         error = StorageError(one.error, path=one.path)

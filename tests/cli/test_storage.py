@@ -22,7 +22,7 @@ def test_verify_exits_1_and_names_what_is_damaged(invoke: Invoke, shop: Any) -> 
     data[300] ^= 4
     path.write_bytes(data)
     result = invoke("storage", "verify", "--storage", shop.root)
-    assert (result.exit_code, result.stdout) == (1, "4 runs read, 0 with a torn tail, 1 errors\n")
+    assert (result.exit_code, result.stdout) == (1, "4 runs read, 0 with a torn tail, 1 error\n")
     assert str(path.parent) in result.stderr
     report = json.loads(invoke("storage", "verify", "--json", "--storage", shop.root).stdout)
     assert [d["run_id"] for d in report["damaged"]] == ["order-41"]
@@ -46,7 +46,7 @@ def test_compacted_runs_are_shown_as_before(invoke: Invoke, shop: Any) -> None:
     before = json.loads(invoke("runs", "show", "order-39", "--json", "--storage", shop.root).stdout)
     result = invoke("storage", "compact", "--storage", shop.root)
     assert result.exit_code == 0
-    assert result.stdout.startswith("1 runs, 5 events moved into ")
+    assert result.stdout.startswith("1 run, 5 events moved into ")
     assert not list(shop.root.glob("runs/*/order-39/*.journal"))
     after = json.loads(invoke("runs", "show", "order-39", "--json", "--storage", shop.root).stdout)
     assert {**after, "now": ""} == {**before, "now": ""}
