@@ -32,6 +32,7 @@ from pyworkflow_ray.resilience.truth import Truth
 from pyworkflow_ray.runtime.breaker_channel import KEY_IDLE_S, Channel, session_id
 from pyworkflow_ray.runtime.breaker_line import Teller, Views
 from pyworkflow_ray.runtime.breaker_link import WAIT_S, Link, new_process_id
+from pyworkflow_ray.runtime.breaker_page import PageAddress, PageWriter
 from pyworkflow_ray.runtime.line import Address
 from pyworkflow_ray.runtime.messages import controller_name
 from pyworkflow_ray.storage.port import breaker_states
@@ -71,6 +72,7 @@ class BreakerActor:
         self._saving: asyncio.Task[None] | None = None
         self._saved = 0  # the latest change of a state that is kept
         self._teller = Teller(ray.get_runtime_context().get_node_id(), lambda: self._said_since(None))
+        self._page = PageWriter()
         self._telling: asyncio.TimerHandle | None = None
         self._untold: dict[str | None, _Cell] = {}  # what has changed since the line told
         self._restore()
@@ -109,9 +111,9 @@ class BreakerActor:
                 await self._wait_for_change(gather_until)
         return (self._incarnation, self._changes), self._said_since(since)
 
-    async def line(self) -> Address | None:
-        """Where processes of this node hear of changes at once."""
-        return await self._teller.address()
+    async def line(self) -> tuple[Address | None, PageAddress | None]:
+        """Where processes of this node hear of changes at once, and where they see changes of state even sooner."""
+        return await self._teller.address(), self._page.address
 
     async def snapshot(self) -> list[tuple[str | None, View]]:
         """The breaker, and all keys of which there is something to say."""
@@ -220,6 +222,7 @@ class BreakerActor:
         self._untold[key] = cell
         if urgent:
             self._urgent = self._changes
+            self._page.write(key, cell.truth.view(time.monotonic()))
             self._tell()
             self._keep()
         elif self._telling is None:

@@ -28,6 +28,7 @@ import ray
 from pyworkflow_ray.execution.permits import changed, listened, opened
 from pyworkflow_ray.resilience.breaker import PERMIT_LEASE_S, Answer, BreakerState, View
 from pyworkflow_ray.runtime.breaker_line import Views, follow
+from pyworkflow_ray.runtime.breaker_page import Page
 from pyworkflow_ray.runtime.line import Address
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Channel:
         self.warned = False  # that the actor does not answer
         self.down_since: float | None = None  # read by any thread
         self.links: set[Link] = set()
+        self.page: Page | None = None
         self.loop = breaker_loop()
         self._find = find
         self._make = make
@@ -84,7 +86,9 @@ class Channel:
 
     def wake(self, link: Link) -> None:
         """A link has something to say."""
-        self.links.add(link)
+        if link not in self.links:
+            self.links.add(link)
+            link.look_at(self.page)
         self._wake.set()
 
     def end(self) -> None:
@@ -120,17 +124,24 @@ class Channel:
                 log.debug("circuit breaker %r: no answer from its actor: %r", self.name, error)
                 self._actor = None
                 if self.down_since is None:
-                    self.down_since = time.monotonic()
+                    self._is_down(time.monotonic())
                 await asyncio.sleep(BACKOFF_S[min(failed, len(BACKOFF_S) - 1)])
                 failed += 1
                 continue
-            failed, self.down_since = 0, None
+            failed = 0
+            if self.down_since is not None:
+                self._is_down(None)
             now = time.monotonic()
             for (link, _), reply in zip(speaking, replies, strict=True):
                 if reply.opened:
                     _LISTENING.submit(opened, self.name, link.key, reply.view)
                 self.hear(link.key, reply.view, now)
                 link.receive(reply, now)
+
+    def _is_down(self, since: float | None) -> None:
+        self.down_since = since
+        for link in self.links:
+            link.publish()
 
     async def _send(self, messages: list[Any]) -> Any:
         if not self.session_lives():
@@ -174,9 +185,13 @@ class Channel:
     async def _follow_line(self) -> bool:
         """Hear of changes until the line ends; False: there is none to this process."""
         asked = asyncio.wrap_future(self._actor.line.remote().future())
-        address: Address | None = await asyncio.wait_for(asked, CALL_TIMEOUT_S)
+        address: Address | None
+        address, seen_at = await asyncio.wait_for(asked, CALL_TIMEOUT_S)
         if address is None or address.node != ray.get_runtime_context().get_node_id():
             return False
+        self.page = Page.open(seen_at) if seen_at is not None else None
+        for link in self.links:
+            link.look_at(self.page)
 
         def hear(views: Views) -> None:
             for key, view in views:

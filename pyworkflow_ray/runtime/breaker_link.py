@@ -32,6 +32,7 @@ from pyworkflow_ray.resilience.breaker import Answer, BreakerEvent, BreakerSetti
 from pyworkflow_ray.resilience.breaker_settings import split_name
 from pyworkflow_ray.resilience.mirror import Asker, Mirror, Reply, Report
 from pyworkflow_ray.runtime.breaker_channel import Channel, given, resolve, session_id
+from pyworkflow_ray.runtime.breaker_page import Page
 
 __all__ = ["WAIT_S", "Link", "guard_of", "new_process_id", "session_id"]
 
@@ -41,6 +42,7 @@ WAIT_S = 15.0  # longer than an actor takes to be made or made again on a busy m
 JOIN_WAIT_S = 1.0  # for a living actor's first answer; it takes some milliseconds
 SESSION_CHECK_S = 0.1  # asking Ray who we are takes longer than a guarded call
 FLUSH_S = 0.05  # successes that only rates are made of travel so often
+_NEVER = memoryview(bytes(8)).cast("Q")  # a counter that stays 0
 
 
 class Link:
@@ -66,13 +68,17 @@ class Link:
         self.slow_s: float | None = None
         self.quiet = False
         self._plain: View | None = None
+        self._page: Page | None = None
+        self._counter: memoryview = _NEVER  # of changes that the page tells
+        self._heeded = 0  # those of them that the mirror knows
         self.lives_until = self.used_at + SESSION_CHECK_S
         self._lock = threading.Lock()
+        self._learning = threading.Lock()
         self._failures_told = 0  # told and not yet counted: meanwhile a success matters too
         self._passed: list[Permit] = []  # successes that nobody waits for
         self._joined: Future[None] = Future()  # done as well where there was nobody to join
         self._alone: LocalCircuit | None = None
-        self._publish()
+        self.publish()
         channel.loop.call_soon_threadsafe(self._wake)
 
     # For guarded calls: any thread ---------------------------------------------------------------------------------
@@ -90,11 +96,12 @@ class Link:
                 return alone.enter(news, waits)
         answer = self._check(news, waits)
         if answer is None:
-            asked = self._ask(news, waits)
+            told, asked = self._counter[0], self._ask(news, waits)
             try:
                 answer = _wait_result(asked, WAIT_S)
             finally:
                 self._withdraw(asked, answer)
+            self._heeded = self._heeded if answer is None else told
         return self._admit(answer, waits)
 
     async def enter_async(self, news: int = 0, waits: Asker | None = None) -> Permit:
@@ -110,11 +117,12 @@ class Link:
                 return alone.enter(news, waits)
         answer = self._check(news, waits)
         if answer is None:
-            asked = self._ask(news, waits)
+            told, asked = self._counter[0], self._ask(news, waits)
             try:
                 answer = await _await_result(asked, WAIT_S)
             finally:
                 self._withdraw(asked, answer)
+            self._heeded = self._heeded if answer is None else told
         return self._admit(answer, waits)
 
     def enter_frame(self) -> Permit:
@@ -122,7 +130,7 @@ class Link:
         last = _HELD.get()
         if (
             view is not None
-            and self.channel.down_since is None
+            and self._counter[0] == self._heeded
             and (last is None or (last.ended and last.around is None))
         ):
             permit = Permit()
@@ -139,7 +147,7 @@ class Link:
         if permit is not None:
             return permit
         view = self._plain
-        if view is None or news > view.heard or waits is not None or self.channel.down_since is not None:
+        if view is None or self._counter[0] != self._heeded or news > view.heard or waits is not None:
             return None
         return plain_permit(self, view.generation)
 
@@ -212,7 +220,21 @@ class Link:
     def _check(self, news: int, waits: Asker | None) -> Answer | None:
         if self.mirror.conflict is not None:
             self._raise_conflict()
+        if self._counter[0] != self._heeded and not self._heed():
+            return None
         return self.mirror.check(time.monotonic(), news, waits=waits is not None)
+
+    def _heed(self) -> bool:
+        """Learn what the page tells. False: it can't be told from there, and the actor is to be asked."""
+        with self._learning:
+            page, told, mine = self._page, self._counter[0], self.mirror.known
+            view = page.read(self.key) if page is not None and mine.joined else None
+            if view is None or view.lineage != mine.view.lineage:
+                return not mine.joined  # one that has not joined goes by what it counted itself
+            self.mirror.learn(view, time.monotonic())
+            self._heeded = told
+        self.publish()
+        return True
 
     def _ask(self, news: int, waits: Asker | None) -> Future[Answer | None]:
         asked: Future[Answer | None] = Future()
@@ -333,14 +355,23 @@ class Link:
             self.mirror.report(Report(BreakerEvent.RELEASE, answer.generation, answer.permit, aside=answer.aside))
             self._wake()
 
+    def look_at(self, page: Page | None) -> None:
+        """From now on calls look at this page of the actor's."""
+        with self._learning:
+            self._page = page
+            self._heeded, self._counter = 0, _NEVER if page is None else page.counter(self.key)
+
     def learn(self, view: View, now: float) -> None:
-        self.mirror.learn(view, now)
-        self._publish()
+        with self._learning:
+            self.mirror.learn(view, now)
+        self.publish()
 
     def receive(self, reply: Reply, now: float) -> None:
         self._alone = None
         self.channel.warned = False
-        for (future, event), answer in self.mirror.receive(reply, now):
+        with self._learning:
+            received = self.mirror.receive(reply, now)
+        for (future, event), answer in received:
             if event is BreakerEvent.FAILURE:
                 with self._lock:
                     self._failures_told -= 1
@@ -349,15 +380,16 @@ class Link:
                 self.permits.add(permit)
             if not resolve(future, answer) and answer is not None:
                 self._give_back(answer)  # whoever asked has given up
-        self._publish()
+        self.publish()
         self.join_is_over()
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """What calls read without a lock and without asking the mirror. Plain: closed, for all, and without a clock."""
         mirror = self.mirror
         known = mirror.known
         self.slow_s = mirror.effective.slow_call_duration
         plain = known.joined and known.free and self.slow_s is None and mirror.conflict is None
+        plain = plain and self.channel.down_since is None
         with self._lock:
             self.quiet = not self._failures_told and not mirror.matters(BreakerEvent.SUCCESS, None)
         self._plain = known.view if plain else None
