@@ -143,7 +143,7 @@ def _start(given: list[tuple[Workflow[..., R], tuple[Any, ...], Mapping[str, Any
             args,
             kwargs,
             run_id=flow.run_id,
-            attributes=flow.attributes,
+            attributes={**client.attributes, **flow.attributes},
             storage_id=client.storage.storage_id,
             environment=client.environment,
             codec=client.codec,

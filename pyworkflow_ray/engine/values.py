@@ -65,6 +65,8 @@ class CodeEnvironment(BaseModel):
     runtime_env: dict[str, Any] = Field(default_factory=dict)
     code_version: str | None = None
     preload: tuple[str, ...] = Field(default=(), exclude_if=lambda modules: not modules)  # imported before any code
+    # runtime_env's packages, which a cluster loses with its head: URI to the blob that holds them
+    packages: dict[str, str] = Field(default_factory=dict, exclude_if=lambda packages: not packages)
 
 
 class Frame(BaseModel):

@@ -22,13 +22,13 @@ from ray import exceptions as rx
 
 from pyworkflow_ray.engine.events import CodeEnvironment, RunCreated
 from pyworkflow_ray.errors import PyWorkflowError, StorageError
-from pyworkflow_ray.execution.environment import capture_environment
 from pyworkflow_ray.runtime.breaker_actor import keep_in
 from pyworkflow_ray.runtime.controller import GROUPS, Controller
 from pyworkflow_ray.runtime.dispatcher import make_anchor
 from pyworkflow_ray.runtime.embedded import ensure_ray
 from pyworkflow_ray.runtime.following import Follower
 from pyworkflow_ray.runtime.messages import NAMESPACE, Cursor, News, RuntimeConfig, Submitted, controller_name
+from pyworkflow_ray.runtime.packages import capture, job_attributes
 from pyworkflow_ray.runtime.process import make_codec, set_log_level
 from pyworkflow_ray.runtime.typed_ray import as_actor, cluster_resources
 from pyworkflow_ray.storage.port import LeasePort, StoragePort, open_storage
@@ -50,6 +50,7 @@ class Client:
         self.config = config
         self.environment = environment
         self.owns_ray = owns_ray
+        self.attributes = job_attributes()  # of every run that this process starts
         self.codec = make_codec(storage, config)
         keep_in(storage.root)
         self._controller: Any = None
@@ -217,7 +218,7 @@ def connect(
             compact_failed_after_s=compact_failed_after_s,
             retain=tuple(sorted((retain or {}).items())),
         )
-        _current = Client(opened, config, capture_environment(_runtime_env()), owns_ray=owns_ray)
+        _current = Client(opened, config, capture(opened), owns_ray=owns_ray)
         return _current
 
 
@@ -228,12 +229,3 @@ def disconnect(drain_timeout_s: float = 10.0) -> None:
         client, _current = _current, None
         if client is not None:
             client.close(drain_timeout_s)
-
-
-def _runtime_env() -> dict[str, Any]:
-    """The job's runtime_env, as far as it is plain data: run actors and steps are to have it too."""
-    try:
-        env = dict(ray.get_runtime_context().runtime_env)
-    except Exception:
-        return {}
-    return {key: value for key, value in env.items() if not key.startswith("_")}

@@ -30,6 +30,7 @@ from pyworkflow_ray.runtime import faults, taking
 from pyworkflow_ray.runtime.anchor import Anchor
 from pyworkflow_ray.runtime.answers import Answers
 from pyworkflow_ray.runtime.messages import NAMESPACE, Assignment, RunReport, RuntimeConfig, anchor_name
+from pyworkflow_ray.runtime.packages import restore
 from pyworkflow_ray.runtime.pool import Pool, Slot
 from pyworkflow_ray.runtime.process import enter_process
 from pyworkflow_ray.runtime.typed_ray import as_actor
@@ -100,6 +101,7 @@ class Dispatcher:
     def make_anchor_locked(self, pool: Pool) -> None:
         env = pool.environment
         lease = self.lease.id if self.lease is not None else ""
+        restore(env, self.storage)
         pool.anchor = make_anchor(self.config, env, lease, self.cpus, pool.least)
         self.then(pool.anchor.hold.remote(lease), lambda f: self._anchor_holds(pool, f))
 

@@ -29,7 +29,6 @@ from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.engine.pausing import lost_too_often
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, FencedError, RunNotFoundError, StorageError
 from pyworkflow_ray.execution.code import load_workflow
-from pyworkflow_ray.execution.environment import enter_environment
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.records import FAST_S
 from pyworkflow_ray.runtime import faults
@@ -37,6 +36,7 @@ from pyworkflow_ray.runtime.active_run import ActiveRun
 from pyworkflow_ray.runtime.hosts import Host, Hosts
 from pyworkflow_ray.runtime.line import Exchange
 from pyworkflow_ray.runtime.messages import NAMESPACE, ActorSpec, Assignment, Doing, RunReport, controller_name
+from pyworkflow_ray.runtime.packages import enter
 from pyworkflow_ray.runtime.process import enter_process
 from pyworkflow_ray.runtime.step_host import run_call
 from pyworkflow_ray.runtime.stuck import stuck_outcome
@@ -61,7 +61,7 @@ class RunActor:
             self._broken = error
 
     def _start(self, spec: ActorSpec) -> None:
-        self._missing_roots = enter_environment(spec.environment)
+        self._missing_roots = enter(spec.environment)
         self._process = enter_process(spec.config)
         self._kept = self._process.shared.keep_here()
         self._lease = self._process.storage.join_lease(spec.lease)

@@ -19,12 +19,12 @@ from typing import Any
 from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.events import AttemptNote, CodeEnvironment
 from pyworkflow_ray.execution.code import load_step
-from pyworkflow_ray.execution.environment import enter_environment
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.records import FAST_S, Records
 from pyworkflow_ray.execution.worker import execute_call
 from pyworkflow_ray.runtime.line import Address, Line, open_line
 from pyworkflow_ray.runtime.messages import RuntimeConfig
+from pyworkflow_ray.runtime.packages import enter
 from pyworkflow_ray.runtime.process import Process, enter_process
 
 _LOOK_S = 0.25  # between two questions whether the step shall stop
@@ -34,7 +34,7 @@ def host_steps(
     actor: Any, address: Address | None, host_id: str, config: RuntimeConfig, environment: CodeEnvironment
 ) -> int:
     """Body of the Ray task. Returns how many calls it executed."""
-    enter_environment(environment)
+    enter(environment)
     process = enter_process(config)
     process.shared.keep_in(actor)
     watch = _watch_of_this_process()

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 import pyworkflow_ray as pw
-from pyworkflow_ray.execution.environment import capture_environment, enter_environment, import_roots, python_version
+from pyworkflow_ray.execution.environment import (
+    capture_environment,
+    enter_environment,
+    import_roots,
+    packaged_working_dir,
+    python_version,
+)
 
 
 def test_roots_are_the_users_directories_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +71,34 @@ def test_another_python_is_refused() -> None:
     environment = capture_environment().model_copy(update={"python": "2.7"})
     with pytest.raises(pw.ConfigurationError, match=r"Python 2\.7, this is"):
         enter_environment(environment)
+
+
+def test_roots_in_the_package_are_those_of_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there, other = tmp_path / "a" / "_ray_pkg_1", tmp_path / "b" / "_ray_pkg_1", tmp_path / "other"
+    for folder in (here / "src", there / "src", other):
+        folder.mkdir(parents=True)
+    env = {"working_dir": "gcs://_ray_pkg_1.zip"}
+    monkeypatch.setattr(sys, "path", [str(here / "src"), str(here), str(other), *sys.path])
+    assert packaged_working_dir(env) == str(here)
+    environment = capture_environment(env, working_dir=str(here))
+    assert environment.import_roots[:3] == ("{working_dir}/src", "{working_dir}", str(other))
+    monkeypatch.setattr(sys, "path", [str(there), *sys.path[3:]])
+    assert packaged_working_dir(env) == str(there)
+    assert enter_environment(environment, working_dir=str(there)) == []
+    assert sys.path[:3] == [str(there / "src"), str(there), str(other)]
+
+
+def test_without_a_package_there_is_no_packaged_directory() -> None:
+    assert packaged_working_dir({}) is None
+    assert packaged_working_dir({"working_dir": "gcs://_ray_pkg_unheard_of.zip"}) is None
+
+
+def test_the_roots_of_another_driver_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs, shared = tmp_path / "mine", tmp_path / "theirs", tmp_path / "shared"
+    for folder in (mine, theirs, shared):
+        folder.mkdir()
+    environment = capture_environment().model_copy(update={"import_roots": (str(mine), str(shared))})
+    monkeypatch.setattr(sys, "path", [str(theirs), str(shared), *sys.path])
+    before = sys.path[2:]
+    assert enter_environment(environment, foreign=[str(theirs), str(shared)]) == []
+    assert sys.path == [str(mine), str(shared), *before]
