@@ -39,6 +39,7 @@ _HOMES: dict[str, str] = {
     "CircuitBreaker": "pyworkflow_ray.breaker",
     "RetryBudget": "pyworkflow_ray.budget",
     **dict.fromkeys(("BatchResult", "first_success"), "pyworkflow_ray.batch"),
+    **dict.fromkeys(("HealthReport", "health"), "pyworkflow_ray.health"),
     **dict.fromkeys(
         (
             "RunHandle",
@@ -88,11 +89,6 @@ _HOMES: dict[str, str] = {
         "pyworkflow_ray.errors",
     ),
 }
-# Names of the public contract that later versions bring.
-_LATER: dict[str, str] = {
-    "HealthReport": "",
-    "health": "",
-}
 
 __all__ = [
     "BatchResult",
@@ -101,6 +97,7 @@ __all__ = [
     "ConfigurationError",
     "CorruptJournalError",
     "FatalError",
+    "HealthReport",
     "ItemNotDoneError",
     "NonDeterminismError",
     "PyWorkflowError",
@@ -126,6 +123,7 @@ __all__ = [
     "first_success",
     "get_logger",
     "get_run",
+    "health",
     "init",
     "list_runs",
     "now",
@@ -178,6 +176,7 @@ if TYPE_CHECKING:
     )
     from pyworkflow_ray.execution.hooks import on_breaker_open, on_retry, on_run_failed
     from pyworkflow_ray.execution.resource import resource
+    from pyworkflow_ray.health import HealthReport, health
     from pyworkflow_ray.resilience.taxonomy import classify, register_kind
     from pyworkflow_ray.runs import (
         RunHandle,
@@ -208,11 +207,6 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(home), name)
         globals()[name] = value
         return value
-    if name in _LATER:
-        from pyworkflow_ray.errors import ConfigurationError
-
-        instead = f"; meanwhile {_LATER[name]}" if _LATER[name] else ""
-        raise ConfigurationError(f"pyworkflow_ray.{name} is not available in this version{instead}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_nearest(name)}")
 
 

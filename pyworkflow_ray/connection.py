@@ -143,6 +143,27 @@ def client_of(storage: StoragePort) -> Client | None:
     return client if client is not None and client.storage.storage_id == storage.storage_id else None
 
 
+def current_client() -> Client | None:
+    """This process's client, where it has one; connects nothing."""
+    module = sys.modules.get("pyworkflow_ray.runtime.client")
+    return module.current() if module is not None else None
+
+
+def address() -> str | None:
+    """The address that `init` was given, else RAY_ADDRESS."""
+    return _address or os.environ.get("RAY_ADDRESS") or None
+
+
+def storage_setting(given: str | os.PathLike[str] | None = None) -> str | os.PathLike[str]:
+    """Where the storage is, by argument, `init`, environment or default; opens nothing."""
+    settings = _settings if given is None else None
+    if settings is None:
+        from pyworkflow_ray.settings import load_settings
+
+        settings = load_settings(storage=given)
+    return cast("str | os.PathLike[str]", settings.storage)
+
+
 def open_storage() -> StoragePort:
     """The storage of this process, without Ray."""
     from pyworkflow_ray.storage import port

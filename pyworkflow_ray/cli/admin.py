@@ -131,5 +131,4 @@ def _open(storage_path: opt.StorageName | None, what: str) -> Storage:
     return need_directory(open_storage(opt.storage_root(storage_path), create=False), what)
 
 
-health = opt.unavailable("health", "see: pyworkflow-ray runs list --stuck")
 doctor = opt.unavailable("doctor", "see: pyworkflow-ray storage verify")

@@ -24,7 +24,7 @@ COMMANDS = {
     "sql": "pyworkflow_ray.cli.sql:sql",
     "storage": "pyworkflow_ray.cli.admin:storage",
     "breakers": "pyworkflow_ray.cli.breakers:breakers",
-    "health": "pyworkflow_ray.cli.admin:health",
+    "health": "pyworkflow_ray.cli.health:health",
     "doctor": "pyworkflow_ray.cli.admin:doctor",
 }
 
@@ -119,7 +119,13 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Entry point of `pyworkflow-ray` and `python -m pyworkflow_ray`."""
-    cli.main(prog_name="pyworkflow-ray")
+    try:
+        cli.main(prog_name="pyworkflow-ray")
+    except SystemExit as end:
+        health = sys.modules.get("pyworkflow_ray.cli.health")
+        if health is not None:
+            health.leave_what_hangs(end.code if isinstance(end.code, int) else 0)
+        raise
 
 
 __all__ = ["cli", "main"]

@@ -55,7 +55,7 @@ def connect(address: str | None) -> None:
         ) from None
 
 
-def rows(name: str | None = None) -> tuple[list[BreakerRow], list[str]]:
+def rows(name: str | None = None, answer_s: float = ANSWER_S) -> tuple[list[BreakerRow], list[str]]:
     """All breakers, or one with its keys; and the names of those whose actor does not answer."""
     names = [
         actor["name"].removeprefix(_PREFIX)
@@ -66,7 +66,7 @@ def rows(name: str | None = None) -> tuple[list[BreakerRow], list[str]]:
     for one in sorted(names):
         if name is None or one == name:
             try:
-                found += _rows_of(one)
+                found += _rows_of(one, answer_s)
             except (ray.exceptions.RayError, ValueError):
                 silent.append(one)
     return found, silent
@@ -95,9 +95,9 @@ def force(full: str, event: BreakerEvent) -> BreakerRow:
     return BreakerRow(name, key, view, view.configured or declared)
 
 
-def _rows_of(name: str) -> list[BreakerRow]:
+def _rows_of(name: str, answer_s: float) -> list[BreakerRow]:
     actor: Any = ray.get_actor(actor_name(name), namespace=NAMESPACE)
-    answers: Any = ray.get([actor.settings.remote(), actor.snapshot.remote()], timeout=ANSWER_S)
+    answers: Any = ray.get([actor.settings.remote(), actor.snapshot.remote()], timeout=answer_s)
     options, views = answers
     declared = BreakerSettings.from_options(options)
     ordered = sorted(views, key=lambda one: (one[0] is not None, one[0] or ""))

@@ -30,6 +30,7 @@ from pyworkflow_ray.runtime.dispatcher import KEPT_NEWS, Dispatcher, Known
 from pyworkflow_ray.runtime.messages import Assignment, Cursor, News, RunReport, RuntimeConfig, Submitted
 from pyworkflow_ray.runtime.submission import difference
 from pyworkflow_ray.runtime.upkeep import Upkeep
+from pyworkflow_ray.runtime.vitals import Vitals, vitals_of
 from pyworkflow_ray.storage.port import LeasePort
 
 log = logging.getLogger("pyworkflow_ray.controller")
@@ -225,6 +226,11 @@ class Controller(Dispatcher):
                 for key, p in self.pools.items()
             }
             return {"lease": lease.id, "pid": os.getpid(), "rebuilt": self.rebuilt, "pools": pools, "me": self.me}
+
+    @ray.method(concurrency_group="control")
+    def vitals(self) -> Vitals:
+        """How it does: for `pw.health()`."""
+        return vitals_of(self)
 
     @ray.method(concurrency_group="control")
     def drain(self, timeout_s: float) -> bool:

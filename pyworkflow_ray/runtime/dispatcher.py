@@ -430,6 +430,10 @@ class Dispatcher:
         heapq.heappush(self._timers, (due_at, self._timer_count, act))
         self._timer_wake.notify()
 
+    def next_timer_locked(self) -> tuple[int, float | None]:
+        """How many timers are set, and when the first is due."""
+        return len(self._timers), self._timers[0][0] if self._timers else None
+
     def _timer_loop(self) -> None:
         next_look = time.monotonic() + 10.0
         while True:

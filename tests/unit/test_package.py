@@ -9,10 +9,6 @@ import pytest
 
 import pyworkflow_ray as pw
 
-LATER = [
-    "health",
-]
-
 
 def python(source: str) -> str:
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
@@ -46,12 +42,6 @@ def test_defining_loads_neither_ray_nor_duckdb_nor_pyarrow() -> None:
 def test_every_public_name_can_be_had(name: str) -> None:
     assert getattr(pw, name) is not None
     assert name in dir(pw)
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_name_of_a_later_version_says_so(name: str) -> None:
-    with pytest.raises(pw.ConfigurationError, match=f"pyworkflow_ray.{name} is not available in this version"):
-        getattr(pw, name)
 
 
 def test_unknown_name_is_an_attribute_error_with_the_nearest() -> None:
