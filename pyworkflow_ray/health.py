@@ -90,6 +90,20 @@ def examine(storage: str | os.PathLike[str] | None, address: str | None, timeout
     return HealthReport(at=at, storage=str(root), checks=checks, took_s=time.monotonic() - began)
 
 
+def examine_ground(
+    storage: str | os.PathLike[str] | None, address: str | None, timeout_s: float | None
+) -> tuple[Check, Check]:
+    """The two checks that need nothing of ours to be running: Ray, and the storage."""
+    limits = LIMITS if timeout_s is None else dict.fromkeys(LIMITS, timeout_s)
+    root = _root(storage)
+    address = address or connection.address()
+    opened: _Asked[Any] = _Asked(lambda: _open(root), limits["storage"])
+    probed = _Asked(lambda: _probe(root, opened), limits["storage"])
+    cluster = _Asked(lambda: _vitals().ask_ray(address), limits["ray"])
+    written = storage_check(probed.outcome(), probed.took_s, str(root))
+    return ray_check(cluster.outcome(), cluster.took_s, address), written
+
+
 class _Asked(Generic[T]):
     """A question that is being answered in a thread of its own."""
 

@@ -129,6 +129,3 @@ def _open(storage_path: opt.StorageName | None, what: str) -> Storage:
     from pyworkflow_ray.storage.port import need_directory, open_storage
 
     return need_directory(open_storage(opt.storage_root(storage_path), create=False), what)
-
-
-doctor = opt.unavailable("doctor", "see: pyworkflow-ray storage verify")

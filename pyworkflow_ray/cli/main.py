@@ -25,7 +25,7 @@ COMMANDS = {
     "storage": "pyworkflow_ray.cli.admin:storage",
     "breakers": "pyworkflow_ray.cli.breakers:breakers",
     "health": "pyworkflow_ray.cli.health:health",
-    "doctor": "pyworkflow_ray.cli.admin:doctor",
+    "doctor": "pyworkflow_ray.cli.doctor:doctor",
 }
 
 

@@ -51,7 +51,7 @@ def test_commands_of_the_contract_are_there() -> None:
     assert set(wanted.split("|")) <= names
 
 
-@pytest.mark.parametrize("path", ["runs rerun x --from-step 3", "doctor"])
+@pytest.mark.parametrize("path", ["runs rerun x --from-step 3"])
 def test_what_is_not_built_yet_is_refused(invoke: Invoke, path: str) -> None:
     result = invoke(*path.split())
     assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
