@@ -134,6 +134,7 @@ def start_many(flow: Workflow[..., R], calls: Iterable[Sequence[Any] | Mapping[s
 
 def _start(given: list[tuple[Workflow[..., R], tuple[Any, ...], Mapping[str, Any]]]) -> list[RunHandle[R]]:
 
+    from pyworkflow_ray.observability.current import caller
     from pyworkflow_ray.runtime.submission import make_created
 
     client = need_client(None)
@@ -148,6 +149,7 @@ def _start(given: list[tuple[Workflow[..., R], tuple[Any, ...], Mapping[str, Any
             environment=client.environment,
             codec=client.codec,
             put_blob=client.storage.put_blob,
+            traceparent=caller(),
         )
         for flow, args, kwargs in given
     ]

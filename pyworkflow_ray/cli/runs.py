@@ -15,6 +15,7 @@ from pyworkflow_ray.cli.rerun import rerun
 from pyworkflow_ray.cli.run import cancel, pause, resume, wake
 from pyworkflow_ray.cli.screen import Screen, error_line, to_json
 from pyworkflow_ray.cli.sql import summary
+from pyworkflow_ray.cli.trace import trace
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.errors import StorageError
 from pyworkflow_ray.observability.model import RunView, StepView
@@ -204,5 +205,5 @@ def _repeat(draw: Callable[[], tuple[bool, int]], screen: Screen, watch: bool, i
         screen.clear()
 
 
-for _command in (cancel, pause, rerun, resume, summary, wake):
+for _command in (cancel, pause, rerun, resume, summary, trace, wake):
     runs.add_command(_command)

@@ -103,6 +103,8 @@ class StepCall:
     budget_settings: dict[str, Any] | None = None
     kinds: dict[str, Kind] = field(default_factory=dict)  # of exception types that the run's starter registered
     hooks: dict[str, list[CodeRef]] = field(default_factory=dict)
+    traceparent: str = ""
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -406,6 +406,8 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
             budget_settings=created.budgets.get(event.policy.retry_budget) if event.policy.retry_budget else None,
             kinds=created.kinds,
             hooks=created.hooks,
+            traceparent=created.traceparent,
+            attributes=created.attributes,
         )
         self._gate(Dispatch(call))
 

@@ -71,6 +71,9 @@ class RunCreated(Event):
     kinds: dict[str, Kind] = Field(default_factory=dict)  # registered exception types, by "module:qualname"
     hooks: dict[str, list[CodeRef]] = Field(default_factory=dict)  # functions to be told: "retry", "run_failed", ...
     rerun_of: str | None = None  # the run whose workflow and arguments these are
+    traceparent: str = Field(
+        default="", exclude_if=lambda text: not text
+    )  # W3C: the span that was current at its start
 
     def breaker_options(self, name: str | None) -> dict[str, Any] | None:
         """The settings of a breaker, or of the one that it is a key of, as the run's starter knew them."""

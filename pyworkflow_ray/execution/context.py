@@ -68,6 +68,8 @@ class StepContext:
     previous: Sequence[PreviousFailure] = ()
     workflow: str | None = field(default=None, repr=False)
     trace_id: str = field(default="", repr=False)
+    traceparent: str = field(default="", repr=False)
+    attributes: dict[str, Any] = field(default_factory=dict, repr=False)
     position: str | None = field(default=None, repr=False)
     _is_async: bool = field(default=False, repr=False)
     _scope: KeyScope = field(default_factory=KeyScope, repr=False)
@@ -138,16 +140,29 @@ def running_step() -> StepContext | None:
 class entered:
     """The attempt that code within is in."""
 
-    __slots__ = ("_context", "_token")
+    __slots__ = ("_context", "_token", "_traced")
 
     def __init__(self, context: StepContext) -> None:
         self._context = context
 
     def __enter__(self) -> None:
         self._token = _step.set(self._context)
+        self._traced = _tracing[0](self._context) if _tracing is not None else None
 
     def __exit__(self, *_: object) -> None:
+        if self._traced is not None and _tracing is not None:
+            _tracing[1](self._traced)
         _step.reset(self._token)
+
+
+_tracing: tuple[Callable[[StepContext], Any], Callable[[Any], None]] | None = None
+
+
+def trace_attempts(entering: Callable[[StepContext], Any], leaving: Callable[[Any], None]) -> None:
+    """Have `entering(context)` called as each attempt begins, and `leaving` with what it gave, unless None, at its end:
+    both in the attempt's own context."""
+    global _tracing
+    _tracing = (entering, leaving)
 
 
 def no_sleep(seconds: float) -> None:

@@ -132,6 +132,7 @@ class _PlainCall:
             previous=command.previous,
             workflow=outer.workflow if outer is not None else None,
             trace_id=outer.trace_id if outer is not None else "",
+            attributes=outer.attributes if outer is not None else {},
             position=outer.position if outer is not None else None,
             _is_async=self.step.is_async,
             _scope=self.scope,

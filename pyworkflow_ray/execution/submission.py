@@ -34,12 +34,14 @@ def make_created(
     put_blob: Callable[[bytes], str],
     at: float | None = None,
     uid: str | None = None,
+    traceparent: str = "",
 ) -> RunCreated:
     """The first event of a new run. Arguments are validated and bound with defaults, so equal calls are equal runs.
 
     Args:
         at: UNIX time at which it is created; None: now.
         uid: What makes the run unique, 32 hexadecimal digits; None: a new one.
+        traceparent: Of the span that starts it: the run's trace is that one's; empty: one of its own.
 
     Raises:
         TypeError, pydantic.ValidationError: the arguments do not fit the workflow.
@@ -66,7 +68,8 @@ def make_created(
         budgets=declared_budgets(),
         kinds=registered_kinds(),
         hooks=describe_hooks(),
-        trace_id=trace_id(uid),
+        trace_id=traceparent.split("-")[1] if traceparent else trace_id(uid),
+        traceparent=traceparent,
     )
 
 
@@ -84,6 +87,7 @@ def make_rerun(old: RunCreated) -> RunCreated:
             "run_uid": uid,
             "generation": 0,
             "trace_id": trace_id(uid),
+            "traceparent": "",
             "rerun_of": old.run_id,
         }
     )

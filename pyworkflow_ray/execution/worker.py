@@ -261,6 +261,8 @@ class Execution:
             previous=command.previous,
             workflow=call.workflow,
             trace_id=call.trace_id,
+            traceparent=call.traceparent,
+            attributes=call.attributes,
             position=call.position,
             _is_async=self.step.is_async,
             _scope=self.scope,

@@ -22,6 +22,7 @@ from ray import exceptions as rx
 
 from pyworkflow_ray.engine.events import CodeEnvironment, RunCreated
 from pyworkflow_ray.errors import PyWorkflowError, StorageError
+from pyworkflow_ray.observability.otel_settings import travelling
 from pyworkflow_ray.runtime.breaker_actor import keep_in
 from pyworkflow_ray.runtime.controller import GROUPS, Controller
 from pyworkflow_ray.runtime.dispatcher import make_anchor
@@ -217,6 +218,7 @@ def connect(
             compact_above_bytes=compact_above_bytes,
             compact_failed_after_s=compact_failed_after_s,
             retain=tuple(sorted((retain or {}).items())),
+            telemetry=travelling(os.environ),
         )
         _current = Client(opened, config, capture(opened), owns_ray=owns_ray)
         return _current

@@ -28,6 +28,7 @@ from pyworkflow_ray.errors import FencedError, RunExistsError, RunNotFoundError,
 from pyworkflow_ray.runtime import rebuild, taking
 from pyworkflow_ray.runtime.dispatcher import KEPT_NEWS, Dispatcher, Known
 from pyworkflow_ray.runtime.messages import Assignment, Cursor, News, RunReport, RuntimeConfig, Submitted
+from pyworkflow_ray.runtime.observer import ObserverProcess
 from pyworkflow_ray.runtime.submission import difference
 from pyworkflow_ray.runtime.upkeep import Upkeep
 from pyworkflow_ray.runtime.vitals import Vitals, vitals_of
@@ -46,6 +47,7 @@ class Controller(Dispatcher):
     def __init__(self, config: RuntimeConfig, lease_id: str, environment: CodeEnvironment, cpus: int) -> None:
         super().__init__(config, cpus)
         self.upkeep = Upkeep(config)
+        self.observer = ObserverProcess(config)
         self._told_at: OrderedDict[str, int] = OrderedDict()  # of ends among the news: which of them
         with warnings.catch_warnings():  # Ray's own call to a name it has deprecated
             warnings.simplefilter("ignore")
@@ -245,10 +247,12 @@ class Controller(Dispatcher):
                 done = bool(ray.get(ref, timeout=timeout_s + 2.0)) and done
             except Exception:
                 done = False
+        self.observer.end()
         return done
 
     def tell_locked(self, run_id: str, what: str) -> None:
         super().tell_locked(run_id, what)
+        self.observer.tell(run_id)
         if what in ENDS:
             self.upkeep.ended()
             self._told_at[run_id] = self.told

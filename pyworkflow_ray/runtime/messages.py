@@ -33,6 +33,7 @@ class RuntimeConfig:
 
     storage: path of the storage. pool_min, pool_max: warm and most run actors of one code environment. lease: id of
     the lease of this Ray cluster; empty until the controller has one. compact_*, retain: see `upkeep`.
+    telemetry: `OTEL_*` variables of the process that connected first, where they ask for traces or metrics.
     """
 
     storage: str
@@ -48,6 +49,7 @@ class RuntimeConfig:
     compact_above_bytes: int = 256 * 2**20
     compact_failed_after_s: float | None = None
     retain: tuple[tuple[str, float], ...] = ()
+    telemetry: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from pyworkflow_ray.runtime import budget_actor  # noqa: F401  brings the cluste
 from pyworkflow_ray.runtime.breaker_actor import guard_for, keep_in
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.runtime.shared_objects import SharedObjects
+from pyworkflow_ray.runtime.telemetry import enter_telemetry
 from pyworkflow_ray.storage.codec import StorageCodec
 from pyworkflow_ray.storage.port import StoragePort, open_storage
 
@@ -59,6 +60,7 @@ def enter_process(config: RuntimeConfig) -> Process:
     with _lock:
         found = _processes.get(config)
         if found is None:
+            enter_telemetry(config)
             set_log_level(config.log_level)
             found = _processes[config] = Process(config)
         return found

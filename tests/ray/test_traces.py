@@ -1,0 +1,116 @@
+"""Traces over the wire, with real SIGKILLs: no span is lost, none comes twice, none is an orphan."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trace_flows
+from processes import descendants, kill, until
+
+from pyworkflow_ray.engine.events import RunActivated, RunParked
+from pyworkflow_ray.observability.trace import trace_spans
+from pyworkflow_ray.runtime.observer_state import State
+from pyworkflow_ray.storage.storage import Storage
+from tests.otlp import Receiver, otlp_receiver
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+HERE = Path(__file__).resolve().parent
+RUNS = 2
+
+
+def start_runs(storage: Path, folder: Path, receiver: Receiver, count: int) -> tuple[str, str]:
+    """Trace and span id of the caller."""
+    import ray
+
+    env = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    env.update(
+        OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint,
+        OTEL_EXPORTER_OTLP_HEADERS="x-team=shop",
+        OTEL_SERVICE_NAME="shop",
+        OTEL_RESOURCE_ATTRIBUTES="deployment.environment.name=test",
+        OTEL_METRICS_EXPORTER="none",
+    )
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, str(HERE / "trace_script.py"), str(storage), address, str(folder), str(count)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    trace_id, span_id = done.stdout.split()[-2:]
+    return trace_id, span_id
+
+
+def observers(storage: Path) -> list[int]:
+    state = str(storage)
+    return [pid for pid in descendants("observing import main") if state in open_files(pid)]
+
+
+def open_files(pid: int) -> str:
+    found = []
+    for handle in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.append(os.readlink(handle))
+        except OSError:
+            continue
+    return "\n".join(found)
+
+
+def test_no_span_is_lost_none_comes_twice_and_none_is_an_orphan(ray_cluster: None, tmp_path: Path) -> None:
+    root, folder = tmp_path / "runs", tmp_path / "work"
+    folder.mkdir()
+    with otlp_receiver() as receiver:
+        trace_id, caller = start_runs(root, folder, receiver, RUNS)
+        storage = Storage.open(root, create=False)
+        for number in range(RUNS):  # one at the gate after the other: kill its owner there, and a worker with it
+            run_id, own = f"traced-{number}", str(folder / str(number))
+            until(lambda own=own: trace_flows.lines(own, trace_flows.GATED), "the run is at its gate")
+            events = storage.read_run(run_id).events
+            owner = next(int(e.worker) for e in reversed(events) if isinstance(e, RunActivated))
+            worker = int(trace_flows.lines(own, trace_flows.GATED)[0].split()[0])
+            kill(worker if number % 2 else owner)
+            until(lambda own=own: len(trace_flows.lines(own, trace_flows.GATED)) > 1, "another executes the step")
+            for observer in observers(root)[: number % 2]:
+                kill(observer)
+            (folder / str(number) / "gate").touch()
+        runs = [f"traced-{number}" for number in range(RUNS)]
+        until(lambda: all(storage.read_run(run_id).finished for run_id in runs), "the runs have ended")
+        state = State(storage.root)
+        until(lambda: set(runs) <= state.done() and not state.places_of_done(), "all is told")
+        until(
+            lambda: user_spans(receiver, trace_id) >= RUNS * trace_flows.STEPS * 2 + 2 * RUNS, "users' spans are there"
+        )
+        spans = receiver.of_trace(trace_id)
+        ids = {span.span_id: span for span in spans}
+        assert len(spans) == len(ids), "a span came twice"
+        told = {s.span_id for run_id in runs for s in trace_spans(storage.read_run(run_id).events)}
+        assert told <= set(ids), "a span was lost"
+        assert [s.name for s in spans if s.parent_id not in ids and s.parent_id != caller] == []
+        assert sum(span.parent_id == caller for span in spans) == RUNS
+        check_what_was_told(receiver, storage, folder, ids, runs)
+
+
+def user_spans(receiver: Receiver, trace_id: str) -> int:
+    return sum(span.name.startswith(("outer", "inner")) for span in receiver.of_trace(trace_id))
+
+
+def check_what_was_told(receiver: Receiver, storage: Storage, folder: Path, ids: dict, runs: list[str]) -> None:
+    names = [span.name for span in ids.values()]
+    assert names.count("parked") == RUNS
+    assert names.count("retry wait") == RUNS
+    assert names.count("recovery") >= 1
+    for number, run_id in enumerate(runs):
+        events = storage.read_run(run_id).events
+        assert any(isinstance(event, RunParked) for event in events)
+        for step in range(trace_flows.STEPS):  # of every execution that came to its end the step saw its own span
+            _, inner = trace_flows.lines(str(folder / str(number)), step)[-1].split()
+            outer = ids[ids[inner].parent_id]
+            attempt = ids[outer.parent_id]
+            assert (outer.name, attempt.name) == (f"outer {step}", attempt.name)
+            assert attempt.attributes["pyworkflow.status"] == "succeeded"
+            assert outer.attributes["pyworkflow.run_id"] == run_id
+            assert attempt.start <= outer.start <= outer.end <= attempt.end + 10**6
+            assert (outer.resource["service.name"], attempt.resource["service.name"]) == ("shop", "shop")
+    assert all(headers.get("x-team") == "shop" for headers in receiver.headers)
