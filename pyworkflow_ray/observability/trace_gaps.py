@@ -9,14 +9,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from pyworkflow_ray.engine import events as ev
-from pyworkflow_ray.observability.spandata import SpanData, step_span_id
+from pyworkflow_ray.observability.spandata import SpanData, run_span_id, step_span_id
 from pyworkflow_ray.observability.trace import trace_spans
 
 
 def untold_attempts(events: Iterable[ev.Event], places: dict[str, list[Any]]) -> list[SpanData]:
     """Spans for attempts that users' spans hang from and that the log of an ended run does not tell.
 
-    Such are attempts of a step that was cancelled, or whose worker was lost, before it told them.
+    Such are attempts of a step that was cancelled, or whose worker was lost, before it told them, and of a step with
+    relaxed durability that its owner took with it.
 
     Args:
         places: By span id: position, epoch, dispatch, attempt.
@@ -27,7 +28,7 @@ def untold_attempts(events: Iterable[ev.Event], places: dict[str, list[Any]]) ->
     for own, (position, epoch, dispatch, attempt) in places.items():
         created = events[0]
         assert isinstance(created, ev.RunCreated)
-        step = told.get(step_span_id(created.run_uid, position))
+        step = told.get(step_span_id(created.run_uid, position)) or told.get(run_span_id(created.run_uid))
         if own in told or step is None:
             continue
         about = {
