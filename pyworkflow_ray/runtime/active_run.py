@@ -36,6 +36,7 @@ from pyworkflow_ray.storage.port import JournalPort
 
 log = logging.getLogger("pyworkflow_ray.run")
 
+_MEASURED = 1_000  # commits of one activation
 _TOLD_BYTES = 4096  # a larger result is read from the storage by whoever wants it
 
 
@@ -61,6 +62,7 @@ class ActiveRun:
         executor: Executor,
         *,
         who: tuple[str, str],
+        measure: bool = False,
     ) -> None:
         self.assignment = assignment
         self.run_id = assignment.run_id
@@ -71,6 +73,7 @@ class ActiveRun:
         self._executor = executor
         self._worker, self._node = who
         self._appends: deque[Future[int]] = deque()  # not durable yet, in order
+        self._commits: list[float] | None = [] if measure else None  # seconds that commits took
         self._driver: Driver | None = None
         self._codec: Codec | None = None
 
@@ -224,7 +227,7 @@ class ActiveRun:
     def _carry_out(self, driver: Driver, effect: Effect) -> None:
         match effect:
             case Append(events):
-                append = self._journal.append(list(events))
+                append = self._journal.append(list(events)) if self._commits is None else self._timed(events)
                 self._appends.append(append)
                 if not append.done():  # a bucket: what waits for it comes out by `confirm_locked`
                     append.add_done_callback(lambda _: self._executor.look_again())
@@ -243,6 +246,13 @@ class ActiveRun:
                 status, result = status_of_end(event), small_result(event)
                 self._end(RunReport(self.run_id, "finished", status=status, epoch=self.epoch, result=result))
 
+    def _timed(self, events: Any) -> Future[int]:
+        began, commits = time.perf_counter(), self._commits
+        append = self._journal.append(list(events))
+        if commits is not None and len(commits) < _MEASURED:
+            append.add_done_callback(lambda _: commits.append(time.perf_counter() - began))
+        return append
+
     def _tell_of_failure(self, event: Event) -> None:
         created = self._events[0]
         if isinstance(event, RunFailed) and isinstance(created, RunCreated) and self._codec is not None:
@@ -252,6 +262,7 @@ class ActiveRun:
         if self.report is not None:
             return
         self.report = report
+        report.commits = self._commits or []
         if self._driver is not None:
             self._driver.evict()
         try:

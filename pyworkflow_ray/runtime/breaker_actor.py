@@ -17,7 +17,7 @@ import os
 import threading
 import time
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any
 
 import ray
@@ -75,6 +75,7 @@ class BreakerActor:
         self._page = PageWriter()
         self._telling: asyncio.TimerHandle | None = None
         self._untold: dict[str | None, _Cell] = {}  # what has changed since the line told
+        self._transitions: Counter[tuple[str | None, str, str]] = Counter()  # (key, from, to), since this start
         self._restore()
 
     def __repr__(self) -> str:
@@ -87,11 +88,14 @@ class BreakerActor:
             now = time.monotonic()
             cell = self._cell(key, now)
             before, was = cell.truth.breaker.version, self._kept_of(cell)
+            stood = cell.truth.breaker.state
             replies.append(cell.truth.handle(message, now))
             if cell.truth.declared.replaces(self._settings):
                 self._settings = cell.truth.declared
             for after_s, who, (storage_id, run_id) in cell.truth.recalls(now):
                 asyncio.get_running_loop().call_later(after_s, self._recall, cell, who, storage_id, run_id)
+            if cell.truth.breaker.state is not stood:
+                self._transitions[key, str(stood), str(cell.truth.breaker.state)] += 1
             if cell.truth.breaker.version != before:
                 self._announce(key, cell, urgent=self._kept_of(cell) != was)
         self._drop_idle(time.monotonic())
@@ -119,6 +123,10 @@ class BreakerActor:
         """The breaker, and all keys of which there is something to say."""
         now = time.monotonic()
         return [(key, cell.truth.view(now)) for key, cell in self._cells.items() if key is None or not cell.truth.idle]
+
+    async def transitions(self) -> tuple[str, list[tuple[str | None, str, str, int]]]:
+        """How often its state, and its keys' states, have changed since this start of the actor, which is named."""
+        return self._incarnation, [(*change, number) for change, number in self._transitions.items()]
 
     async def keys_held(self) -> int:
         return len(self._cells)

@@ -27,6 +27,7 @@ from pyworkflow_ray.engine.events import CodeEnvironment, RunCreated
 from pyworkflow_ray.errors import FencedError, RunExistsError, RunNotFoundError, StorageError
 from pyworkflow_ray.runtime import rebuild, taking
 from pyworkflow_ray.runtime.dispatcher import KEPT_NEWS, Dispatcher, Known
+from pyworkflow_ray.runtime.gauges import watch_gauges
 from pyworkflow_ray.runtime.messages import Assignment, Cursor, News, RunReport, RuntimeConfig, Submitted
 from pyworkflow_ray.runtime.observer import ObserverProcess
 from pyworkflow_ray.runtime.submission import difference
@@ -48,6 +49,7 @@ class Controller(Dispatcher):
         super().__init__(config, cpus)
         self.upkeep = Upkeep(config)
         self.observer = ObserverProcess(config)
+        watch_gauges(config, self.observer.say)
         self._told_at: OrderedDict[str, int] = OrderedDict()  # of ends among the news: which of them
         with warnings.catch_warnings():  # Ray's own call to a name it has deprecated
             warnings.simplefilter("ignore")
@@ -258,6 +260,10 @@ class Controller(Dispatcher):
             self._told_at[run_id] = self.told
             if len(self._told_at) > KEPT_NEWS:
                 self._told_at.popitem(last=False)
+
+    def commits_took(self, seconds: list[float]) -> None:
+        if seconds:
+            self.observer.say({"commits": seconds})
 
     # Called by run actors ---------------------------------------------------------------------------------------
 

@@ -311,6 +311,7 @@ class Dispatcher:
 
     def report_locked(self, pool: Pool, slot: Slot | None, report: RunReport) -> None:
         """What a run actor says of one run. Said twice it changes nothing."""
+        self.commits_took(report.commits)
         assignment = slot.batch.pop(report.run_id, None) if slot is not None and slot.batch else None
         known = self.runs.get(report.run_id)
         if known is None or (slot is not None and known.slot is not slot):
@@ -347,6 +348,9 @@ class Dispatcher:
                 self.after_locked(delay, lambda: self._again(known, report.charged))
         if known.cancel is not None and known.state in ("parked", "paused", "queued"):
             self.deliver_cancel_locked(known)
+
+    def commits_took(self, seconds: list[float]) -> None:
+        """For the metrics, which `controller` adds."""
 
     def deliver_cancel_locked(self, known: Known) -> None:
         reason = known.cancel

@@ -82,6 +82,7 @@ class RunReport:
     (JSON), where it is small. parked: until `due_at`. paused: `message` says why.
     fenced: another owner has the run. unstarted: given back untouched. damaged: its journal can't be read.
     broken: the storage or our own code failed; to be tried again, `charged` tells whether it counts.
+    commits: seconds that commits took, where metrics are asked for.
     """
 
     run_id: str
@@ -92,6 +93,7 @@ class RunReport:
     message: str = ""
     charged: bool = False
     result: bytes | None = None
+    commits: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)

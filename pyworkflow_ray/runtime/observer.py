@@ -42,6 +42,7 @@ class ObserverProcess:
     def __init__(self, config: RuntimeConfig) -> None:
         self._config = config
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._unsent: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
         self._child: subprocess.Popen[str] | None = None
         self._ending = threading.Event()
@@ -98,12 +99,16 @@ class ObserverProcess:
     def _feed(self, child: subprocess.Popen[str]) -> None:
         assert child.stdin is not None
         about = {"storage": self._config.storage, "telemetry": dict(self._config.telemetry)}
-        line: dict[str, Any] | None = about
         with contextlib.suppress(BrokenPipeError):
-            while line is not None:
-                child.stdin.write(json.dumps(line) + "\n")
+            child.stdin.write(json.dumps(about) + "\n")
+            child.stdin.flush()
+            while True:
+                self._unsent = self._unsent or self._next(child)  # one that its predecessor did not get comes first
+                if self._unsent is None:
+                    break
+                child.stdin.write(json.dumps(self._unsent) + "\n")
                 child.stdin.flush()
-                line = self._next(child)
+                self._unsent = None
         with contextlib.suppress(BrokenPipeError):
             child.stdin.close()
 

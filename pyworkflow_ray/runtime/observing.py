@@ -23,20 +23,26 @@ import queue
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.errors import CorruptJournalError, RunNotFoundError, StorageError
 from pyworkflow_ray.observability.current import SPOOL, is_sampled, read_spool
+from pyworkflow_ray.observability.measures import Measure, MeasureFold
 from pyworkflow_ray.observability.otel_settings import signals
 from pyworkflow_ray.observability.spandata import SpanData
 from pyworkflow_ray.observability.trace import TraceFold
 from pyworkflow_ray.observability.trace_gaps import untold_attempts
+from pyworkflow_ray.observability.words import short_name
 from pyworkflow_ray.runtime.observer_state import LOCK, State
 from pyworkflow_ray.runtime.span_sender import Sender, Unit
 from pyworkflow_ray.storage.storage import Storage
+
+if TYPE_CHECKING:
+    from pyworkflow_ray.observability.meters import Meters
 
 log = logging.getLogger("pyworkflow_ray.observer")
 
@@ -57,16 +63,17 @@ class Followed:
     not_before: float = 0.0
     finished: bool = False
     sampled: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
+    measures: MeasureFold | None = None
 
 
 class Observer:
     """See the module. `pass_` is called by one thread."""
 
-    def __init__(self, storage: Storage, state: State, sender: Sender | None) -> None:
+    def __init__(self, storage: Storage, state: State, sender: Sender | None, meters: Meters | None = None) -> None:
         self._storage = storage
         self._state = state
         self._sender = sender
+        self._meters = meters
         self._runs: dict[str, Followed] = {}
         self._damaged: set[str] = set()
         self._spools: dict[str, int] = {}
@@ -138,6 +145,9 @@ class Observer:
             followed.trace = TraceFold(created)
             followed.sampled = is_sampled(created.trace_id, created.traceparent)
             followed.seen = 1
+            if self._meters is not None:
+                followed.measures = MeasureFold(created)
+                self._measure(followed.measures, fresh=not seen)
         units = []
         for number, event in enumerate(events[followed.seen :], followed.seen + 1):
             followed.trace.apply(event)
@@ -154,6 +164,38 @@ class Observer:
 
     def _told(self, followed: Followed, event: ev.Event, *, fresh: bool) -> None:
         """Whatever else follows from an event; `fresh`: it was not seen by an earlier observer."""
+        if followed.measures is not None:
+            followed.measures.apply(event)
+            self._measure(followed.measures, fresh=fresh)
+
+    def _measure(self, fold: MeasureFold, *, fresh: bool) -> None:
+        measures = fold.take()
+        if fresh and self._meters is not None:
+            self._meters.add(measures)
+
+    def told_by_controller(self, line: dict[str, Any]) -> None:
+        """What no log says: how long commits took, and how breakers and budgets stand."""
+        if self._meters is None:
+            return
+        for seconds in line.get("commits", ()):
+            self._meters.add([Measure("pyworkflow.journal.commit.duration", seconds, {})])
+        for name, value, attributes in line.get("counts", ()):
+            self._meters.add([Measure(name, value, attributes)])
+        for name, gauges in line.get("gauges", {}).items():
+            self._meters.show(name, [(value, attributes) for value, attributes in gauges])
+
+    def show_gauges(self) -> None:
+        """How many runs are unfinished, by status."""
+        if self._meters is None:
+            return
+        found = Counter(
+            (short_name(f.measures.created.workflow), f.measures.status) for f in self._runs.values() if f.measures
+        )
+        self._meters.show(
+            "pyworkflow.run.unfinished",
+            [(n, {"pyworkflow.workflow": flow, "pyworkflow.status": status}) for (flow, status), n in found.items()],
+        )
+        self._meters.show("pyworkflow.alert.waiting", [(self._state.waiting_alerts(), {})])
 
     def _saw(self, run_id: str, followed: Followed) -> None:
         self._state.saw([(run_id, followed.seen)])
@@ -219,6 +261,9 @@ class Observer:
             self._sender.flush(LAST_WORDS_S)
             self._fill_gaps()
             self._sender.flush(LAST_WORDS_S)
+        if self._meters is not None:
+            self.show_gauges()
+            self._meters.flush(LAST_WORDS_S)
 
 
 def hold_lock(root: str) -> int:
@@ -247,6 +292,7 @@ def follow(observer: Observer, lines: queue.SimpleQueue[dict[str, Any] | None]) 
                 ended = True
                 break
             touched.update(line.get("runs", ()))
+            observer.told_by_controller(line)
             if until is None:
                 until = time.monotonic() + GATHER_S
         if ended:
@@ -255,6 +301,7 @@ def follow(observer: Observer, lines: queue.SimpleQueue[dict[str, Any] | None]) 
         if time.monotonic() >= next_round:
             observer.all_unfinished()
             next_round = time.monotonic() + observer.period_s
+        observer.show_gauges()
 
 
 def read_lines(stream: IO[str], lines: queue.SimpleQueue[dict[str, Any] | None]) -> None:
@@ -263,6 +310,14 @@ def read_lines(stream: IO[str], lines: queue.SimpleQueue[dict[str, Any] | None])
         with contextlib.suppress(ValueError):
             lines.put(json.loads(text))
     lines.put(None)
+
+
+def _meters(exporters: tuple[str, ...]) -> Meters | None:
+    if not exporters:
+        return None
+    from pyworkflow_ray.observability.meters import Meters, make_readers
+
+    return Meters(make_readers(exporters, os.environ))
 
 
 def main() -> None:
@@ -277,7 +332,7 @@ def main() -> None:
     state = State(storage.root)
     asked = signals(os.environ)
     sender = Sender(state, asked.traces) if asked.traces else None
-    observer = Observer(storage, state, sender)
+    observer = Observer(storage, state, sender, _meters(asked.metrics))
     try:
         observer.begin()
         follow(observer, lines)

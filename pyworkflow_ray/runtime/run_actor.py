@@ -31,6 +31,7 @@ from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, Fence
 from pyworkflow_ray.execution.code import load_workflow
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.records import FAST_S
+from pyworkflow_ray.observability.otel_settings import signals
 from pyworkflow_ray.runtime import faults
 from pyworkflow_ray.runtime.active_run import ActiveRun
 from pyworkflow_ray.runtime.hosts import Host, Hosts
@@ -63,6 +64,7 @@ class RunActor:
     def _start(self, spec: ActorSpec) -> None:
         self._missing_roots = enter(spec.environment)
         self._process = enter_process(spec.config)
+        self._measure = bool(signals(dict(spec.config.telemetry)).metrics)
         self._kept = self._process.shared.keep_here()
         self._lease = self._process.storage.join_lease(spec.lease)
         filter_replayed_lines()
@@ -303,7 +305,7 @@ class RunActor:
             given.run_id, self._lease.id, first=given.first, after=given.after
         )
         who = (self._process.worker, self._process.node)
-        return ActiveRun(given, journal, events, self, who=who)
+        return ActiveRun(given, journal, events, self, who=who, measure=self._measure)
 
     def _begin_locked(self, run: ActiveRun) -> None:
         lost = run.lost_without_a_word

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 RUNS = 2
 
 
-def start_runs(storage: Path, folder: Path, receiver: Receiver, count: int) -> tuple[str, str]:
+def start_runs(storage: Path, folder: Path, receiver: Receiver, count: int, port: int) -> tuple[str, str]:
     """Trace and span id of the caller."""
     import ray
 
@@ -33,7 +35,9 @@ def start_runs(storage: Path, folder: Path, receiver: Receiver, count: int) -> t
         OTEL_EXPORTER_OTLP_HEADERS="x-team=shop",
         OTEL_SERVICE_NAME="shop",
         OTEL_RESOURCE_ATTRIBUTES="deployment.environment.name=test",
-        OTEL_METRICS_EXPORTER="none",
+        OTEL_METRICS_EXPORTER="prometheus",
+        OTEL_EXPORTER_PROMETHEUS_HOST="127.0.0.1",
+        OTEL_EXPORTER_PROMETHEUS_PORT=str(port),
     )
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, str(HERE / "trace_script.py"), str(storage), address, str(folder), str(count)]
@@ -61,8 +65,9 @@ def open_files(pid: int) -> str:
 def test_no_span_is_lost_none_comes_twice_and_none_is_an_orphan(ray_cluster: None, tmp_path: Path) -> None:
     root, folder = tmp_path / "runs", tmp_path / "work"
     folder.mkdir()
+    port = free_port()
     with otlp_receiver() as receiver:
-        trace_id, caller = start_runs(root, folder, receiver, RUNS)
+        trace_id, caller = start_runs(root, folder, receiver, RUNS, port)
         storage = Storage.open(root, create=False)
         for number in range(RUNS):  # one at the gate after the other: kill its owner there, and a worker with it
             run_id, own = f"traced-{number}", str(folder / str(number))
@@ -90,6 +95,19 @@ def test_no_span_is_lost_none_comes_twice_and_none_is_an_orphan(ray_cluster: Non
         assert [s.name for s in spans if s.parent_id not in ids and s.parent_id != caller] == []
         assert sum(span.parent_id == caller for span in spans) == RUNS
         check_what_was_told(receiver, storage, folder, ids, runs)
+        until(lambda: 'pyworkflow_breaker="traced-pay"' in scrape(port), "the breaker is seen")
+        until(lambda: "pyworkflow_journal_commit_duration_seconds_count" in scrape(port), "commits are measured")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def scrape(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
 
 
 def user_spans(receiver: Receiver, trace_id: str) -> int:

@@ -17,7 +17,10 @@ FAILS, DIES, GATED = 0, 1, 3
 tracer = trace.get_tracer("shop")
 
 
-@pw.step(max_retries=3, retry_delay=0.01)
+breaker = pw.CircuitBreaker("traced-pay", failure_threshold=100)
+
+
+@pw.step(max_retries=3, retry_delay=0.01, breaker=breaker)
 def work(number: int, folder: str) -> int:
     before = len(lines(folder, number))
     with tracer.start_as_current_span(f"outer {number}"):

@@ -43,14 +43,14 @@ def executions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, int
 
 
 def scheduled_in(events: list[ev.Event], position: str) -> int:
-    """Epoch in which the step was recorded."""
-    epoch = 0
+    """Last epoch in which the step was recorded anew."""
+    epoch, found = 0, 1 << 30
     for event in events:
         if isinstance(event, ev.RunActivated):
             epoch = event.epoch
         elif isinstance(event, ev.StepScheduled) and event.position == position:
-            return epoch
-    return 1 << 30
+            found = epoch
+    return found
 
 
 def test_of_crashed_runs_no_span_is_told_twice_and_none_is_an_orphan(monkeypatch: Any) -> None:

@@ -196,11 +196,18 @@ def start_process(storage: Storage, endpoint: str) -> subprocess.Popen[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     env["PYTHONPATH"] = str(ROOT)
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True, env=env)
-    about = {"storage": storage.root, "telemetry": {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{endpoint}/v1/traces"}}
+    about = {"storage": storage.root, "telemetry": {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}}
     assert process.stdin is not None
     process.stdin.write(json.dumps(about) + "\n")
     process.stdin.flush()
     return process
+
+
+def counted(receiver: Receiver, name: str) -> float:
+    """The counter as the last export has it."""
+    scopes = [scope for resource in receiver.metrics[-1].resource_metrics for scope in resource.scope_metrics]
+    points = [p for scope in scopes for m in scope.metrics if m.name == name for p in m.sum.data_points]
+    return float(sum(point.as_int or point.as_double for point in points))
 
 
 def test_killed_observer_goes_on_where_it_stood_and_the_last_tells_all(storage: Storage, receiver: Receiver) -> None:
@@ -218,6 +225,8 @@ def test_killed_observer_goes_on_where_it_stood_and_the_last_tells_all(storage: 
     second.stdin.close()  # as when the controller has died
     assert second.wait(30) == 0
     assert ids(receiver) == sorted(run.spans())
+    assert counted(receiver, "pyworkflow.run.ended") == 1
+    assert counted(receiver, "pyworkflow.step.ended") == 1  # the first was the first observer's
     root = next(span for span in receiver.spans if span.span_id == run_span_id("u-a"))
     assert root.resource["service.name"] == "pyworkflow-ray"
 
