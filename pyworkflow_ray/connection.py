@@ -46,7 +46,7 @@ def init(storage: str | os.PathLike[str] | None = None, address: str | None = No
         storage: Directory of the runs, or the URL of a bucket (s3://bucket/prefix, also gs and az); None:
             `PYWORKFLOW_STORAGE`, else `~/.pyworkflow-ray`.
         address: As in Ray; None: `RAY_ADDRESS`, a running local cluster, else a new local one.
-        settings: log_level, allow_pickle, max_payload_bytes, pool_min, pool_max, worker_wait_max,
+        settings: log_level, allow_pickle, codec, max_payload_bytes, pool_min, pool_max, worker_wait_max,
             compact_after, compact_above, compact_failed_after, retain.
 
     Raises:
@@ -95,6 +95,7 @@ def _connect(ray_options: dict[str, Any] | None = None) -> Client:
         _settings.storage,
         address=_address,
         allow_pickle=_settings.allow_pickle,
+        codec=_settings.codec,
         max_payload_bytes=_settings.max_payload_bytes,
         pool_min=_settings.pool_min,
         pool_max=_settings.pool_max,
@@ -181,8 +182,13 @@ def open_storage() -> StoragePort:
 
 
 def codec_of(storage: StoragePort) -> Any:
-    """The codec for what lies in `storage`, by this process's settings."""
+    """The codec for what lies in `storage`, by this process's settings, for reading at least.
+
+    Raises:
+        ConfigurationError: a codec is set, and the storage was not written through it.
+    """
     from pyworkflow_ray.storage.codec import StorageCodec
+    from pyworkflow_ray.storage.codec_mark import check_mark, load_hook
 
     client = client_of(storage)
     if client is not None:
@@ -192,8 +198,12 @@ def codec_of(storage: StoragePort) -> Any:
         from pyworkflow_ray.settings import load_settings
 
         settings = load_settings()
+    hook = load_hook(settings.codec)
+    if hook is not None:
+        check_mark(storage, hook)
     return StorageCodec(
         storage,
+        hook=hook,
         allow_pickle=settings.allow_pickle,
         max_payload_bytes=settings.max_payload_bytes,
     )

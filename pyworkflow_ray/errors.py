@@ -235,5 +235,12 @@ class PayloadError(PyWorkflowError, TypeError):
     """A value can't be stored: no encoding keeps it exactly, it is too large, or pickles are switched off."""
 
 
+class CodecKeyError(PayloadError):
+    """A stored value is encrypted, and its key, or the codec that has it, is not here. Nothing is lost by it."""
+
+
 class ConfigurationError(PyWorkflowError, ValueError):
     """An option, argument, setting or name is wrong. The message names it, its value and the remedy."""
+
+
+UNREADABLE = (CodecKeyError, CorruptJournalError)  # of a stored value: not the workflow's failure, its run pauses

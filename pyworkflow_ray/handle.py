@@ -16,7 +16,7 @@ from pyworkflow_ray.connection import client_of, codec_of, need_client
 from pyworkflow_ray.durations import Duration, parse_duration
 from pyworkflow_ray.engine.events import Event, RunCancelled, RunCompleted, RunCreated, RunFailed
 from pyworkflow_ray.engine.history import run_status
-from pyworkflow_ray.errors import RunCancelledError, RunFailedError, StepFailedError, StorageError
+from pyworkflow_ray.errors import CodecKeyError, RunCancelledError, RunFailedError, StepFailedError, StorageError
 
 if TYPE_CHECKING:
     from pyworkflow_ray.observability.model import RunView, StepView
@@ -175,7 +175,7 @@ class RunHandle(Generic[R]):
         client = client_of(self._storage)
         told = client.follower.result_of(self.run_id) if client is not None else None
         if told is not None:
-            return cast(R, codec_of(self._storage).decode(told))
+            return cast(R, self._codec().decode(told))
         history = self._history()
         error = self._error(history)
         if error is not None:
@@ -183,7 +183,7 @@ class RunHandle(Generic[R]):
         end = history.events[-1]
         if not isinstance(end, RunCompleted):
             raise StorageError(f"run {self.run_id!r} has not ended", path=self._storage.root)
-        return cast(R, codec_of(self._storage).decode(end.result))
+        return cast(R, self._codec().decode(end.result))
 
     def _error(self, history: RunHistory) -> BaseException | None:
         end = next(
@@ -194,18 +194,28 @@ class RunHandle(Generic[R]):
             return RunCancelledError(f"run {self.run_id!r} was cancelled{why}", run_id=self.run_id, reason=end.reason)
         if not isinstance(end, RunFailed):
             return None
-        error = codec_of(self._storage).decode_error(end.error)
+        codec = self._codec()
+        try:
+            error = codec.decode_error(end.error)
+        except CodecKeyError as missing:
+            error = StepFailedError(type=end.error.type)
+            error.add_note(f"pyworkflow-ray: {missing}")
         if isinstance(error, StepFailedError) and end.error.type != "StepFailedError":
-            text = f"run {self.run_id!r} failed: {end.error.type}: {end.error.message}"
+            message, notes = codec.readable(end.error.message), getattr(error, "__notes__", [])
             error = RunFailedError(
-                text,
+                f"run {self.run_id!r} failed: {end.error.type}: {message}",
                 run_id=self.run_id,
                 type=end.error.type,
-                error_message=end.error.message,
-                traceback_text=end.error.traceback,
+                error_message=message,
+                traceback_text=codec.readable(end.error.traceback),
             )
+            for note in notes:
+                error.add_note(note)
         error.add_note(_where(history, end))
         return cast(BaseException, error)
+
+    def _codec(self) -> Any:
+        return codec_of(self._storage).at(self.run_id)
 
     def _history(self) -> RunHistory:
         return self._storage.read_run(self.run_id)

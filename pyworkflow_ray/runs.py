@@ -148,7 +148,6 @@ def _start(given: list[tuple[Workflow[..., R], tuple[Any, ...], Mapping[str, Any
             storage_id=client.storage.storage_id,
             environment=client.environment,
             codec=client.codec,
-            put_blob=client.storage.put_blob,
             traceparent=caller(),
         )
         for flow, args, kwargs in given
@@ -312,7 +311,7 @@ def rerun(run_id: str) -> RunHandle[Any]:
     handle = get_run(run_id)
     _refuse_inside_workflow("pw.rerun")
     client = need_client(handle._storage)
-    (answer,) = client.submit([make_rerun(created_of(handle._history()))])
+    (answer,) = client.submit([make_rerun(created_of(handle._history()), client.codec)])
     if answer.error is not None:
         raise answer.error
     return RunHandle(answer.run_id, client.storage)

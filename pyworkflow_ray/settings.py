@@ -34,6 +34,10 @@ class Settings(BaseSettings):
     )
     log_level: LogLevel = Field(default="INFO", description="Level of our own log lines")
     allow_pickle: bool = Field(default=True, description="False refuses pickled values, on write and on read")
+    codec: str | None = Field(
+        default=None,
+        description="What every stored value passes through, 'module:object': pyworkflow_ray.crypto:aes_gcm encrypts",
+    )
     max_payload_bytes: int | None = Field(
         default=None, ge=1024, description="Largest value; None: 64 MiB, beside 8 GiB of buffers of arrays and tables"
     )
@@ -69,6 +73,13 @@ class Settings(BaseSettings):
         if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
             raise ValueError("a path, or a URL such as s3://bucket/prefix")
         return place_of(value)
+
+    @field_validator("codec", mode="before")
+    @classmethod
+    def _codec_name(cls, value: Any) -> Any:
+        from pyworkflow_ray.storage.codec_mark import name_of
+
+        return None if value is None else name_of(value)
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -151,6 +151,41 @@ class Codec(Protocol):
         """The exception itself, or a `StepFailedError` where it can't be restored."""
         ...
 
+    def readable(self, text: str) -> str:
+        """A text of the log with what is encrypted in it revealed."""
+        ...
+
+    def hide(self, text: str) -> str:
+        """A text as the log holds it: `readable` gives it back."""
+        ...
+
+    def at(self, run_id: str, position: str = "") -> Codec:
+        """The codec for what lies at this place: of a step or map, or of the run as a whole ("")."""
+        ...
+
+    def move(self, payload: Payload, run_id: str, position: str = "") -> Payload:
+        """A payload that lies at this codec's place, for another place."""
+        ...
+
+    def for_code(self) -> Codec:
+        """The codec for code by value, which lies at no place of a run."""
+        ...
+
+    @property
+    def allow_pickle(self) -> bool: ...
+
+    def put_code(self, data: bytes) -> str:
+        """Store a snapshot of code durably; its reference."""
+        ...
+
+    def get_code(self, ref: str) -> bytes:
+        """The snapshot of code that was stored under `ref`."""
+        ...
+
+    def store_code(self, code: CodeRef) -> CodeRef:
+        """A reference to code as it is stored. Raises ConfigurationError for code by value where pickles are off."""
+        ...
+
 
 @dataclass(slots=True)
 class StepRequest:

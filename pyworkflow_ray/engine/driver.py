@@ -44,7 +44,7 @@ from pyworkflow_ray.engine.events import (
 )
 from pyworkflow_ray.engine.history import History, StepState
 from pyworkflow_ray.engine.machine import Flow, Machine
-from pyworkflow_ray.errors import NonDeterminismError, StepLostError, StepTimeoutError
+from pyworkflow_ray.errors import UNREADABLE, StepLostError, StepTimeoutError
 
 _RECOVERY_DELAY_S = 0.1  # before the first re-execution of a lost step; doubled for each further one
 _RECOVERY_DELAY_MAX_S = 5.0
@@ -115,13 +115,9 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
         self._machine = Machine(self._flow, created, self._codec)
         try:
             fresh = self._machine.replay(before.script, before.first_activated_at or now)
-        except NonDeterminismError as error:
+        except Exception as error:
             self._machine.evict()
-            details = {name: getattr(error, name) for name in ("position", "recorded", "attempted", "remedy")}
-            return self._pause("nondeterminism", str(error), now, details)
-        except Exception as error:  # its arguments can't be restored, or the workflow does not take them any more
-            self._machine.evict()
-            return self._pause("code", pausing.cannot_be_called(created, error), now)
+            return self._pause(*pausing.not_replayed(created, error, now))
         if before.cancel is not None:
             since = before.cancel.at if activation.cause == "wake" else now  # a lost owner must not shorten the grace
             self._cancel_deadline = since + self._limits.cancel_grace_s
@@ -300,8 +296,14 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
 
     def _deliver(self, event: Event, now: float) -> None:
         self._command(event)
-        if self._machine is not None:
-            self._commands(self._machine.deliver(event), now)
+        if self._machine is None:
+            return
+        try:
+            fresh = self._machine.deliver(event)
+        except UNREADABLE as error:
+            self._machine.evict()
+            return self._pause("environment", pausing.unreadable(self._history.created, error), now)
+        self._commands(fresh, now)
 
     def _commands(self, events: list[Event], now: float) -> None:
         for event in events:
@@ -342,7 +344,7 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
             return None
         position, first, count = step.chunk
         current = self._machine.loop.maps[position]
-        return chunks.pack_items(self._codec, current.items(first, count), first, current.failures_left())
+        return chunks.pack_items(self._codec_at(position), current.items(first, count), first, current.failures_left())
 
     def _is_last(self, step: StepState) -> bool:
         current = None if step.chunk is None or self._machine is None else self._machine.loop.maps.get(step.chunk[0])
@@ -366,7 +368,9 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
             return self._hold(step)
         ends_at = step.ends_at()
         if ends_at is not None and ends_at <= self._now:
-            return self._fail(step, step.attempt, overdue.too_late(step, self._codec), "deadline", self._now)
+            return self._fail(
+                step, step.attempt, overdue.too_late(step, self._codec_at(step.event.position)), "deadline", self._now
+            )
         step.dispatch += 1
         event = step.event
         if step.dispatch > 1 or step.waiting or step.attempt or step.recoveries:
@@ -468,14 +472,15 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
                 f"the outcome of step {event.step!r} (position {event.position}) is unknown, "
                 f"{cause.replace('_', ' ')}: {why}" + (f". {message}" if message else "")
             )
-            self._fail(step, step.attempt, self._codec.encode_error(error, "permanent"), "lost", now)
+            self._fail(step, step.attempt, self._codec_at(event.position).encode_error(error, "permanent"), "lost", now)
         elif retry_at <= now:
             self._dispatch(step)
 
     def _time_out(self, step: StepState, started: float, timeout: float, now: float) -> None:
         """The worker ended itself because an attempt stood still past its timeout: a failed attempt, not a loss."""
         deadline = min((at for at in (self._deadline(), step.ends_at()) if at is not None), default=None)
-        record, final, why = overdue.stuck(step, started, timeout, now, self._rng, deadline, self._codec)
+        codec = self._codec_at(step.event.position)
+        record, final, why = overdue.stuck(step, started, timeout, now, self._rng, deadline, codec)
         self._note(record)
         if record.retry_at is None:
             return self._fail(step, record.attempt, final, why, now)
@@ -518,7 +523,7 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
         events: list[Event] = [StepCancelled(position=p, forced=True) for p in open_steps]
         if cancel is not None and cancel.cause == "max_duration":
             late = StepTimeoutError(cancel.reason or "the run reached its max_duration")
-            events.append(RunFailed(error=self._codec.encode_error(late, "timeout")))
+            events.append(RunFailed(error=self._codec_at("").encode_error(late, "timeout")))
         else:
             events.append(RunCancelled(reason=cancel.reason if cancel else None))
         if self._machine is not None:
@@ -537,13 +542,6 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
         if created is None or created.max_duration_s is None:
             return None
         return created.at + created.max_duration_s
-
-    def _waits(self) -> list[float]:
-        """Everything that time alone brings: timers and waiting retries."""
-        timers = list(self._history.open_timers.values())
-        if self._is_pausing():
-            return timers
-        return timers + [s.retry_at or 0.0 for s in self._history.open_steps.values() if s.waiting]
 
     def _settle(self, now: float) -> None:
         """After an input: limits, parking, and one append of all that is ready."""

@@ -77,6 +77,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
     def __init__(self, run_uid: str, codec: Codec, emit: Callable[[Event], None]) -> None:
         self.run_uid = run_uid
         self.codec = codec
+        self.run_id = ""  # set by the machine
         self.now_s = 0.0  # time of the input delivered last: the only clock a body has
         self.replaying = False
         self.evicted = False
@@ -116,9 +117,17 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         """Schedule a step at the current place and wait for its outcome."""
         if self.evicted:
             return await self.create_future()
-        args = [self.codec.encode(value) for value in request.args]
-        kwargs = {name: self.codec.encode(value) for name, value in request.kwargs.items()}
+        codec = self.codec.at(self.run_id, self._next_place())
+        args = [codec.encode(value) for value in request.args]
+        kwargs = {name: codec.encode(value) for name, value in request.kwargs.items()}
         return await self.schedule_step(request, args, kwargs)
+
+    async def compensate(self, request: StepRequest, args: list[Payload], kwargs: dict[str, Payload]) -> Any:
+        """As `call_step`, of arguments that were encoded at no place, for the run as a whole."""
+        codec, place = self.codec, self._next_place()
+        args = [codec.move(payload, self.run_id, place) for payload in args]
+        kwargs = {name: codec.move(payload, self.run_id, place) for name, payload in kwargs.items()}
+        return await self.schedule_step(request, args, kwargs, compensates=True)
 
     async def schedule_step(
         self, request: StepRequest, args: list[Payload], kwargs: dict[str, Payload], *, compensates: bool = False
@@ -126,6 +135,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         """As `call_step`, of arguments that are encoded already."""
         if self.evicted:
             return await self.create_future()
+        code = self.codec.store_code(request.code)
         position = self._next_position()
         self.step_count += 1
         future = self.create_future()
@@ -136,7 +146,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                 position=position,
                 number=self.step_count,
                 step=request.step,
-                code=request.code,
+                code=code,
                 args=args,
                 kwargs=kwargs,
                 policy=request.policy,
@@ -158,12 +168,13 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         if self.evicted:
             outcome: MapOutcome = await self.create_future()
             return outcome
+        code = self.codec.store_code(request.code)
         current = MapInProgress(self, request, items, total)
         current.look_ahead()
         position = self._next_position()
         self.step_count += 1
         self.maps[position] = current
-        self._emit(map_event(request, position, self.step_count, current.total, self.now_s))
+        self._emit(map_event(request, code, position, self.step_count, current.total, self.now_s))
         return await current.run(position)
 
     # What the machine does -----------------------------------------------------------------------------------
@@ -336,6 +347,10 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         owner = self._owner()
         owner.commands += 1
         return f"{owner.path}{owner.commands}"
+
+    def _next_place(self) -> str:
+        owner = self._owner()
+        return f"{owner.path}{owner.commands + 1}"
 
     def _draw(self) -> bytes:
         owner = self._owner()

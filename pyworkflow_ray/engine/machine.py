@@ -39,7 +39,7 @@ from pyworkflow_ray.engine.events import (
 from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.engine.loop import WorkflowLoop
 from pyworkflow_ray.engine.saga import Saga
-from pyworkflow_ray.errors import NonDeterminismError, RunCancelledError, StepTimeoutError
+from pyworkflow_ray.errors import UNREADABLE, NonDeterminismError, RunCancelledError, StepTimeoutError
 from pyworkflow_ray.resilience.policy import RetryPolicy
 from pyworkflow_ray.resilience.taxonomy import Kind, classify
 
@@ -67,11 +67,12 @@ class Machine:
         filter_replayed_lines()
         self._flow = flow
         self._created = created
-        self._codec = codec
+        self._codec = codec = codec.at(created.run_id)
         self._emitted: list[Event] = []
         self.loop = WorkflowLoop(  # type: ignore[abstract]  # its refusals of I/O are set on the class
             created.run_uid, codec, self._emitted.append
         )
+        self.loop.run_id = created.run_id
         self.loop.run_data = RunData(created)
         self.saga = self.loop.saga = Saga(self.loop, created.run_id, lambda: self._cancel is not None)
         self._root: asyncio.Task[Any] | None = None
@@ -147,9 +148,9 @@ class Machine:
                 if future.done():
                     pass
                 elif isinstance(event, StepCompleted):
-                    self._resolve(future, event.result)
+                    self._resolve(future, event)
                 else:
-                    error = self._codec.decode_error(event.error)
+                    error = self._at(event.position).decode_error(event.error)
                     self._blame.append((error, event.position))
                     future.set_exception(_carriable(error))
             case ChunkCompleted():
@@ -174,14 +175,19 @@ class Machine:
         if current is None or not current.holds(event.first, event.count):
             raise self._mismatch(event, None)
         if self.loop.replaying and event.items is not None:
-            drawn = digest_of(self._codec, current.items(event.first, event.count))
+            drawn = digest_of(self._at(event.position), current.items(event.first, event.count))
             if drawn is not None and drawn != event.items:
                 raise self._mismatch(event, None, "other items")
         current.completed(event)
 
-    def _resolve(self, future: asyncio.Future[Any], result: Payload) -> None:
+    def _at(self, position: str) -> Codec:
+        return self._codec.at(self._created.run_id, position)
+
+    def _resolve(self, future: asyncio.Future[Any], event: StepCompleted) -> None:
         try:
-            value = self._codec.decode(result)
+            value = self._at(event.position).decode(event.result)
+        except UNREADABLE:
+            raise
         except Exception as error:  # the value can't be restored here: the body learns it at this await
             future.set_exception(error)
         else:

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyworkflow_ray.engine.calls import MapRequest
-from pyworkflow_ray.engine.events import ChunkCompleted, MapScheduled, Payload, StepCancelled
-from pyworkflow_ray.errors import ItemNotDoneError
+from pyworkflow_ray.engine.events import ChunkCompleted, CodeRef, MapScheduled, Payload, StepCancelled
+from pyworkflow_ray.errors import UNREADABLE, ItemNotDoneError
 
 if TYPE_CHECKING:
     from pyworkflow_ray.engine.loop import WorkflowLoop
@@ -230,7 +230,8 @@ class MapInProgress:
 
     def _fill(self, event: ChunkCompleted, items: list[Any]) -> dict[int, Any]:
         """Put the values in their places; gives the items that have not ended. `items` are those from `first` on."""
-        outcome, codec = self._outcome, self._loop.codec
+        outcome = self._outcome
+        codec = self._loop.codec.at(self._loop.run_id, event.position)
         failed = {failure.index: failure.error for failure in event.failures}
         again = {item.index for item in event.waiting} | (failed.keys() if event.redo else set())
         values = _values(codec, event)
@@ -284,6 +285,8 @@ def _values(codec: Any, event: ChunkCompleted) -> list[Any]:
         return [None] * event.done
     try:
         stored = codec.decode(event.results)
+    except UNREADABLE:
+        raise
     except Exception as error:
         return [_Broken(error)] * event.done
     if not event.single:
@@ -292,19 +295,23 @@ def _values(codec: Any, event: ChunkCompleted) -> list[Any]:
     for one in stored:
         try:
             values.append(None if one is None else codec.decode(Payload.model_validate(one)))
+        except UNREADABLE:
+            raise
         except Exception as error:
             values.append(_Broken(error))
     return values
 
 
-def map_event(request: MapRequest, position: str, number: int, total: int | None, at: float) -> MapScheduled:
+def map_event(
+    request: MapRequest, code: CodeRef, position: str, number: int, total: int | None, at: float
+) -> MapScheduled:
     """The command that records a map."""
     return MapScheduled(
         at=at,
         position=position,
         number=number,
         step=request.step,
-        code=request.code,
+        code=code,
         policy=request.policy,
         executor=request.executor,
         ray_options=request.ray_options,

@@ -14,10 +14,13 @@ from collections.abc import Iterable
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from pyworkflow_ray.engine.chunks import parse_position
 from pyworkflow_ray.engine.events import ErrorInfo, Event, RunCreated, RunPaused, StepHandedBack
+from pyworkflow_ray.errors import UNREADABLE, NonDeterminismError
 from pyworkflow_ray.resilience.retry import AT_ONCE, spread
 
 if TYPE_CHECKING:
+    from pyworkflow_ray.engine.calls import Codec
     from pyworkflow_ray.engine.history import History, StepState
     from pyworkflow_ray.engine.machine import Machine
     from pyworkflow_ray.resilience.policy import RetryPolicy
@@ -88,6 +91,25 @@ def cannot_be_called(created: RunCreated, error: Exception) -> str:
     )
 
 
+def not_replayed(created: RunCreated, error: Exception, now: float) -> tuple[Any, str, float, dict[str, Any] | None]:
+    """The pause of a run that could not be replayed, as `Driver._pause` takes it."""
+    if isinstance(error, NonDeterminismError):
+        details = {name: getattr(error, name) for name in ("position", "recorded", "attempted", "remedy")}
+        return "nondeterminism", str(error), now, details
+    if isinstance(error, UNREADABLE):
+        return "environment", unreadable(created, error), now, None
+    # its arguments can't be restored, or the workflow does not take them any more
+    return "code", cannot_be_called(created, error), now, None
+
+
+def unreadable(created: RunCreated | None, error: Exception) -> str:
+    assert created is not None
+    return (
+        f"run {created.run_id!r} is paused: {type(error).__name__}: {error}. Nothing was lost by it: mend that and "
+        f"resume: pyworkflow-ray runs resume {created.run_id}"
+    )
+
+
 def grant(steps: Iterable[StepState], paused: RunPaused | None, now: float) -> None:
     """A person resumed the run: what gave up has a fresh set of attempts, and every limit of time begins anew."""
     gave_up: Any = paused.details.get("position") if paused is not None and paused.reason == "step_exhausted" else None
@@ -111,6 +133,7 @@ class PausingDriver:
     _cause: str
     _wanted_pause: RunPaused | None
     _paused_by_hand: bool
+    _codec: Codec
 
     if TYPE_CHECKING:
 
@@ -143,6 +166,19 @@ class PausingDriver:
             if step.waiting and self._history.ended is None:
                 self._dispatch(step)
         self._settle(now)
+
+    def _codec_at(self, position: str) -> Codec:
+        """The codec for what lies at a step's position, or of a map's chunk at the map's."""
+        created, chunk = self._history.created, parse_position(position)
+        assert created is not None
+        return self._codec.at(created.run_id, position if chunk is None else chunk[0])
+
+    def _waits(self) -> list[float]:
+        """Everything that time alone brings: timers and waiting retries."""
+        timers = list(self._history.open_timers.values())
+        if self._is_pausing():
+            return timers
+        return timers + [s.retry_at or 0.0 for s in self._history.open_steps.values() if s.waiting]
 
     def _is_pausing(self) -> bool:
         """Whether the run begins nothing more, for it is to pause. A cancelled run ends instead."""

@@ -63,6 +63,7 @@ class Saga:
             PayloadError: an argument can't be stored.
         """
         loop = self._loop
+        loop.codec.store_code(request.code)  # refused now rather than when it is needed
         args = [loop.codec.encode(value) for value in request.args]
         kwargs = {name: loop.codec.encode(value) for name, value in request.kwargs.items()}
         if not loop.evicted and not self.running:
@@ -100,7 +101,7 @@ class Saga:
         while self._registered:
             request, args, kwargs = self._registered.pop()
             try:
-                await self._loop.schedule_step(request, args, kwargs, compensates=True)
+                await self._loop.compensate(request, args, kwargs)
             except Exception as error:
                 self.failures.append((request.step, error))
                 log.error(

@@ -161,10 +161,17 @@ class _Item(Execution):
             retries_used=call.retries_used,
             retry_at=call.not_before,
             began_at=self.began_at,
-            previous=[
-                PreviousAttempt(attempt=p.attempt, kind=p.kind, type=p.type, message=p.message, delay_s=p.delay)  # type: ignore[arg-type]
-                for p in call.previous[-MAX_PREVIOUS:]
-            ],
+            previous=[self._recorded(p) for p in call.previous[-MAX_PREVIOUS:]],
+        )
+
+    def _recorded(self, failure: PreviousFailure) -> PreviousAttempt:
+        message = self.codec.hide(self.codec.readable(failure.message))
+        return PreviousAttempt(
+            attempt=failure.attempt,
+            kind=failure.kind,  # type: ignore[arg-type]
+            type=failure.type,
+            message=message,
+            delay_s=failure.delay,
         )
 
 
@@ -199,7 +206,6 @@ class _Chunk:
         self.given = call.chunk
         self.position = call.position if place is None else place[0]
         self.step = step
-        self.codec = codec
         self.clock = clock
         self.rng = rng
         self.sleep = sleep
@@ -207,6 +213,7 @@ class _Chunk:
         self.interrupt = interrupt
         self.retried: dict[str, int] = {}
         self.execution = Execution(call, step, codec, _unheard, worker, node, clock, rng, sleep)
+        self.codec = self.execution.codec
         self._started_at = clock()
         self._items: list[Any] = []
         self._begun = 0

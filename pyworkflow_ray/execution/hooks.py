@@ -152,9 +152,9 @@ def run_has_failed(created: RunCreated, event: RunFailed, codec: Codec) -> None:
     """A run's failure is durable: log it where it is a cascade's, and tell the run's own hooks."""
     if event.error.kind == "cascade":
         log.critical("run %s failed of a cascade: %s: %s", created.run_id, event.error.type, event.error.message)
-    for hook in _loaded(created.hooks.get("run_failed", []), codec.decode):
+    for hook in _loaded(created.hooks.get("run_failed", []), codec.for_code().decode):
         try:
-            error = codec.decode_error(event.error)
+            error = codec.at(created.run_id).decode_error(event.error)
             hook(RunFailedEvent(created.run_id, created.workflow, event.error.kind, error, event.position))
         except Exception:
             log.exception("a hook raised, which changes nothing: %r at the failure of run %s", hook, created.run_id)

@@ -7,7 +7,7 @@ environment. Calls `code` and the codec.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pyworkflow_ray.engine.calls import Codec
@@ -31,7 +31,6 @@ def make_created(
     storage_id: str,
     environment: CodeEnvironment,
     codec: Codec,
-    put_blob: Callable[[bytes], str],
     at: float | None = None,
     uid: str | None = None,
     traceparent: str = "",
@@ -49,41 +48,46 @@ def make_created(
     """
     positional, named = definition.bind(args, dict(kwargs))
     uid = uid or new_id()
+    run_id = run_id or new_run_id()
+    mine, code = codec.at(run_id), codec.for_code()
     return RunCreated(
         seq=0,
         at=time.time() if at is None else at,
-        run_id=run_id or new_run_id(),
+        run_id=run_id,
         run_uid=uid,
         storage_id=storage_id,
         workflow=definition.name,
         version=None if definition.version is None else str(definition.version),
-        code=describe_workflow(definition, put_blob),
+        code=describe_workflow(definition, code.put_code, allow_pickle=code.allow_pickle),
         environment=environment,
-        args=[codec.encode(value) for value in positional],
-        kwargs={name: codec.encode(value) for name, value in named.items()},
+        args=[mine.encode(value) for value in positional],
+        kwargs={name: mine.encode(value) for name, value in named.items()},
         attributes=dict(attributes),
         max_duration_s=definition.max_duration_s,
         max_recoveries=definition.max_recoveries,
         breakers=declared_settings(),
         budgets=declared_budgets(),
         kinds=registered_kinds(),
-        hooks=describe_hooks(),
+        hooks={event: [code.store_code(hook) for hook in hooks] for event, hooks in describe_hooks().items()},
         trace_id=traceparent.split("-")[1] if traceparent else trace_id(uid),
         traceparent=traceparent,
     )
 
 
-def make_rerun(old: RunCreated) -> RunCreated:
+def make_rerun(old: RunCreated, codec: Codec) -> RunCreated:
     """The first event of a new run of the same workflow with the same arguments, attributes and code environment.
 
     It is a run of its own: another id, another trace, other idempotency keys. Code that can be imported is what it is
     now; code that travelled by value is what it was.
     """
-    uid = new_id()
+    uid, run_id = new_id(), new_run_id()
+    there = codec.at(old.run_id)
     return old.model_copy(
         update={
             "at": time.time(),
-            "run_id": new_run_id(),
+            "run_id": run_id,
+            "args": [there.move(payload, run_id) for payload in old.args],
+            "kwargs": {name: there.move(payload, run_id) for name, payload in old.kwargs.items()},
             "run_uid": uid,
             "generation": 0,
             "trace_id": trace_id(uid),

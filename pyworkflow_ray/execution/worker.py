@@ -14,6 +14,7 @@ Faults: arguments that can't be decoded, or a result that can't be encoded, fail
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import time
@@ -21,6 +22,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pyworkflow_ray.engine.calls import Codec, Outcome, StepCall
+from pyworkflow_ray.engine.chunks import parse_position
 from pyworkflow_ray.engine.events import AttemptNote, ErrorInfo
 from pyworkflow_ray.errors import StepFailedError
 from pyworkflow_ray.execution.attempts import Ended, FailedAttempt, Guard, Plan, RunAttempt, attempts, message_of
@@ -181,14 +183,15 @@ class Execution:
     ) -> None:
         self.call = call
         self.step = step
-        self.codec = codec
+        place = parse_position(call.position)
+        self.codec = codec.at(call.run_id, call.position if place is None else place[0])
         self.worker = worker
         self.node = node
         self.clock = clock
         self.rng = rng
         self.sleep = sleep
         adopt_kinds(call.kinds)
-        adopt_hooks(call.hooks, codec.decode)
+        adopt_hooks(call.hooks, codec.for_code().decode)
         self.scope = scope_of(call)
         self.key = self.scope.key
         self.records = Records(call.position, call.dispatch, worker=worker, node=node, report=report, gather_s=gather_s)
@@ -223,7 +226,7 @@ class Execution:
             budget=None if self.budget is None else self.budget.name,
             first_attempt=call.first_attempt,
             retries_used=call.retries_used,
-            previous=call.previous,
+            previous=[dataclasses.replace(p, message=self.codec.readable(p.message)) for p in call.previous],
             not_before=call.not_before,
             began_at=call.began_at,
             deadline=call.deadline,

@@ -32,6 +32,7 @@ from pyworkflow_ray.runtime.messages import NAMESPACE, Cursor, News, RuntimeConf
 from pyworkflow_ray.runtime.packages import capture, job_attributes
 from pyworkflow_ray.runtime.process import make_codec, set_log_level
 from pyworkflow_ray.runtime.typed_ray import as_actor, cluster_resources
+from pyworkflow_ray.storage.codec_mark import make_mark, refuse_clear, refuse_keys
 from pyworkflow_ray.storage.port import LeasePort, StoragePort, open_storage
 
 log = logging.getLogger("pyworkflow_ray")
@@ -114,6 +115,7 @@ class Client:
 
     def submit(self, events: list[RunCreated]) -> list[Submitted]:
         """Make the runs durable. In order of `events`."""
+        refuse_clear(self.storage, self.config.codec)
         answers: list[Submitted] = []
         for start in range(0, len(events), _SUBMITTED_AT_ONCE):
             part = events[start : start + _SUBMITTED_AT_ONCE]
@@ -184,6 +186,7 @@ def connect(
     *,
     address: str | None = None,
     allow_pickle: bool = True,
+    codec: str | None = None,
     max_payload_bytes: int | None = None,
     pool_min: int = 1,
     pool_max: int | None = None,
@@ -203,11 +206,13 @@ def connect(
             return found
         set_log_level(log_level)
         opened = open_storage(storage)
+        make_mark(opened, codec)
         owns_ray = ensure_ray(address, ray_options)
         config = RuntimeConfig(
             storage=opened.root,
             storage_id=opened.storage_id,
             allow_pickle=allow_pickle,
+            codec=codec,
             max_payload_bytes=max_payload_bytes,
             pool_min=pool_min,
             pool_max=pool_max,
@@ -220,7 +225,10 @@ def connect(
             retain=tuple(sorted((retain or {}).items())),
             telemetry=travelling(os.environ),
         )
-        _current = Client(opened, config, capture(opened), owns_ray=owns_ray)
+        environment = capture(opened)
+        if codec is not None:
+            refuse_keys(environment.runtime_env.get("env_vars", {}))
+        _current = Client(opened, config, environment, owns_ray=owns_ray)
         return _current
 
 

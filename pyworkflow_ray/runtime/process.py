@@ -13,12 +13,16 @@ import threading
 from typing import Any
 
 from pyworkflow_ray.engine.calls import StepCall
+from pyworkflow_ray.engine.events import CodeRef, ErrorInfo, Kind
+from pyworkflow_ray.execution.code import load_step, load_workflow
+from pyworkflow_ray.execution.definitions import StepDefinition, WorkflowDefinition
 from pyworkflow_ray.runtime import budget_actor  # noqa: F401  brings the cluster's retry budgets into this process
 from pyworkflow_ray.runtime.breaker_actor import guard_for, keep_in
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.runtime.shared_objects import SharedObjects
 from pyworkflow_ray.runtime.telemetry import enter_telemetry
 from pyworkflow_ray.storage.codec import StorageCodec
+from pyworkflow_ray.storage.codec_mark import check_mark, load_hook
 from pyworkflow_ray.storage.port import StoragePort, open_storage
 
 OUR_PREFIX = "pyworkflow_ray "
@@ -31,10 +35,38 @@ class Process:
         self.config = config
         self.storage = open_storage(config.storage, create=False)
         self.shared = SharedObjects()
-        self.codec = make_codec(self.storage, config, self.shared)
+        self._codec: StorageCodec | None = None
         keep_in(self.storage.root)
         self.worker = f"{os.getpid()}"
         self.node = node_name()
+
+    @property
+    def codec(self) -> StorageCodec:
+        """The codec of this process.
+
+        Raises:
+            ConfigurationError: there is none here as the runs of the storage need it.
+        """
+        if self._codec is None:
+            self._codec = make_codec(self.storage, self.config, self.shared)
+        return self._codec
+
+    def load_workflow(self, code: CodeRef) -> WorkflowDefinition:
+        """The workflow of this code; raises ConfigurationError where it can't be had here."""
+        codec = self.codec.for_code()
+        return load_workflow(code, codec.get_code, allow_pickle=codec.allow_pickle)
+
+    def load_step(self, code: CodeRef) -> StepDefinition:
+        """The step of this code; raises ConfigurationError where it can't be had here."""
+        codec = self.codec.for_code()
+        return load_step(code, codec.get_code, codec.decode, allow_pickle=codec.allow_pickle)
+
+    def failure(self, error: BaseException, kind: Kind) -> ErrorInfo:
+        """An error of ours as a record, without a codec too: it holds nothing of the user's."""
+        try:
+            return self.codec.encode_error(error, kind)
+        except Exception:
+            return StorageCodec(self.storage).encode_error(error, kind)
 
     def guard(self, call: StepCall) -> Any:
         """The breaker of this call, as this process sees it; None where it has none."""
@@ -42,9 +74,16 @@ class Process:
 
 
 def make_codec(storage: StoragePort, config: RuntimeConfig, shared: SharedObjects | None = None) -> StorageCodec:
-    """The codec that this configuration asks for."""
+    """The codec that this configuration asks for.
+
+    Raises:
+        ConfigurationError: its hook can't be had here, or is not the one that the storage was written through.
+    """
+    hook = load_hook(config.codec)
+    check_mark(storage, hook)
     return StorageCodec(
         storage,
+        hook=hook,
         allow_pickle=config.allow_pickle,
         max_payload_bytes=config.max_payload_bytes,
         sharing=shared,

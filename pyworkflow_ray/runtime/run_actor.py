@@ -28,7 +28,6 @@ from pyworkflow_ray.engine.events import AttemptNote
 from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.engine.pausing import lost_too_often
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, FencedError, RunNotFoundError, StorageError
-from pyworkflow_ray.execution.code import load_workflow
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.records import FAST_S
 from pyworkflow_ray.observability.otel_settings import signals
@@ -313,7 +312,8 @@ class RunActor:
             run.pause_locked("max_recoveries", lost_too_often(run.created, lost), self._lease.id)
             return
         try:
-            flow = load_workflow(run.created.code, self._process.storage.get_blob)
+            codec = self._process.codec
+            flow = self._process.load_workflow(run.created.code)
         except Exception as error:
             missing = f" Missing import roots: {', '.join(self._missing_roots)}." if self._missing_roots else ""
             reason = "environment" if self._missing_roots or not isinstance(error, ConfigurationError) else "code"
@@ -323,7 +323,7 @@ class RunActor:
             )
             run.pause_locked(reason, message, self._lease.id)
             return
-        run.begin_locked(flow.fn, self._process.codec, self._lease.id, Limits())
+        run.begin_locked(flow.fn, codec, self._lease.id, Limits())
 
     def _handle_of_me(self) -> Any:
         if self._me is None:
@@ -483,7 +483,7 @@ class RunActor:
         if self._active is None or not self._is_active(call):
             return
         now = time.time()
-        info = self._process.codec.encode_error(error, "permanent")
+        info = self._process.failure(error, "permanent")
         self._active.outcome_locked(
             Outcome(call.position, call.dispatch, "failed", call.first_attempt, error=info, why="code", ended_at=now)
         )

@@ -18,7 +18,6 @@ from typing import Any
 
 from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.events import AttemptNote, CodeEnvironment
-from pyworkflow_ray.execution.code import load_step
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.records import FAST_S, Records
 from pyworkflow_ray.execution.worker import execute_call
@@ -82,7 +81,7 @@ def run_call(
     """Load the step's code and execute the call; code that can't be loaded is a failed outcome. Never raises."""
     started_at = time.time()
     try:
-        step = load_step(call.code, process.storage.get_blob, process.codec.decode)
+        step = process.load_step(call.code)
         guard = process.guard(call)
     except Exception as error:
         return Outcome(
@@ -90,7 +89,7 @@ def run_call(
             dispatch=call.dispatch,
             status="failed",
             attempt=call.first_attempt,
-            error=process.codec.encode_error(error, "permanent"),
+            error=process.failure(error, "permanent"),
             why="code",
             started_at=started_at,
             ended_at=time.time(),

@@ -13,7 +13,6 @@ from pyworkflow_ray.durations import format_duration
 from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.events import AttemptFailed
 from pyworkflow_ray.errors import StepTimeoutError
-from pyworkflow_ray.execution.code import load_step
 from pyworkflow_ray.resilience.retry import DelayOf, ErrorFilter, Retry, decide
 from pyworkflow_ray.runtime.process import Process
 
@@ -43,7 +42,7 @@ def stuck_outcome(
     no_retry_on: ErrorFilter = ()
     delay_of: DelayOf | None = None
     try:
-        step = load_step(call.code, process.storage.get_blob, process.codec.decode)
+        step = process.load_step(call.code)
         retry_on, no_retry_on, delay_of = step.retry_on, step.no_retry_on, step.delay_of
     except Exception:
         pass  # the policy's numbers decide alone
@@ -67,7 +66,7 @@ def stuck_outcome(
         attempt=attempt,
         started_at=began,
         ended_at=now,
-        error=process.codec.encode_error(error, "timeout"),
+        error=process.failure(error, "timeout"),
         delay_s=again.delay_s if again else None,
         delay_reason=again.reason if again else "none left",
         retry_at=again.retry_at if again else None,

@@ -17,8 +17,14 @@ from typing import Any, Protocol
 
 from pydantic_core import from_json, to_json
 
-from pyworkflow_ray.engine.events import ErrorInfo, Kind, Payload
-from pyworkflow_ray.errors import PayloadError, StepFailedError
+from pyworkflow_ray.engine.events import CodeRef, ErrorInfo, Kind, Payload
+from pyworkflow_ray.errors import (
+    UNREADABLE,
+    ConfigurationError,
+    CorruptJournalError,
+    PayloadError,
+    StepFailedError,
+)
 from pyworkflow_ray.storage import exceptions, failure_text, pickling
 from pyworkflow_ray.storage.large import LargeBuffers, Sharing, frame, unframe, whole_frame
 from pyworkflow_ray.storage.payload import (
@@ -43,6 +49,7 @@ MAX_PAYLOAD_BYTES = 64 * 1024 * 1024  # of what is copied to be stored: JSON, pi
 MAX_BUFFERS_BYTES = 8 * 1024 * 1024 * 1024  # of the buffers of arrays and tables, which are not
 MAX_PROTECTED_BYTES = 1024 * 1024 * 1024  # of all of a value that a hook encrypts, for it is copied
 _SHORT_TEXT = 4096
+_CODE = b"\0code"  # the place of code by value: of no run, so that one snapshot serves all of them
 
 
 class BlobStore(Protocol):
@@ -81,7 +88,7 @@ class StorageCodec:
         self._blobs = blobs
         self._hook = hook
         self._large = LargeBuffers(blobs, sharing)
-        self._place = b""
+        self._run_id, self._position, self._place = "", "", b""
         self.allow_pickle = allow_pickle
         self.max_payload_bytes = max_payload_bytes or MAX_PAYLOAD_BYTES
         most = MAX_BUFFERS_BYTES if hook is None else MAX_PROTECTED_BYTES
@@ -96,7 +103,15 @@ class StorageCodec:
         if self._hook is None:
             return self
         bound = copy.copy(self)
+        bound._run_id, bound._position = run_id, position
         bound._place = f"{run_id}\0{position}".encode()
+        return bound
+
+    def for_code(self) -> StorageCodec:
+        """The codec for code by value, which lies at no place of a run."""
+        bound = self.at("")
+        if bound is not self:
+            bound._place = _CODE
         return bound
 
     # Values ---------------------------------------------------------------------------------------------------
@@ -204,10 +219,11 @@ class StorageCodec:
         )
 
     def _protect(self, hook: CodecHook, encoded: Encoded, py: str | None) -> Payload:
-        head = to_json([encoded.enc, encoded.cls, py])
         text = whole_frame(encoded.text, encoded.buffers) if encoded.buffers else encoded.text
-        text = protect(hook, b"".join([len(head).to_bytes(4, "big"), head, text]), self._place)
-        digest = keyed_digest(hook, encoded.digest)
+        return self._seal(hook, _with_head(encoded.enc, encoded.cls, py, text), keyed_digest(hook, encoded.digest))
+
+    def _seal(self, hook: CodecHook, inner: bytes, digest: str | None) -> Payload:
+        text = protect(hook, inner, self._place)
         if len(text) > SPILL_BYTES:
             return Payload(enc="custom", ref=self._blobs.put_blob(text), size=len(text), digest=digest)
         return Payload(enc="custom", data=base64.b64encode(text).decode(), size=len(text), digest=digest)
@@ -221,6 +237,8 @@ class StorageCodec:
             StorageError: its bytes can't be read.
         """
         enc, data = payload.enc, payload.data
+        if self._hook is not None or enc == "custom":
+            return self._decode_text(*_parted(self._opened(payload)))
         if payload.ref is None:
             if enc == "json":
                 return copy_json(data)
@@ -231,8 +249,6 @@ class StorageCodec:
             text = _from_base64(data)
         else:
             text = self._fetch(payload)
-        if enc == "custom":
-            return self._decode_text(*self._reveal(text))
         return self._decode_text(enc, text, payload.cls, payload.py)
 
     def _decode_text(self, enc: str, text: bytes, cls: str | None, py: str | None) -> Any:
@@ -263,15 +279,6 @@ class StorageCodec:
                 f"the minor version that wrote them. Go on with Python {py}, or pass JSON types, models or dataclasses"
             )
 
-    def _reveal(self, text: bytes) -> tuple[str, bytes, str | None, str | None]:
-        inner = reveal(self._hook, text, self._place)
-        try:
-            size = int.from_bytes(inner[:4], "big")
-            enc, cls, py = from_json(inner[4 : 4 + size])
-        except ValueError as error:
-            raise PayloadError(f"a stored value is damaged: what the codec hook revealed is none ({error})") from error
-        return enc, inner[4 + size :], cls, py
-
     def _fetch(self, payload: Payload) -> bytes:
         ref = payload.ref or ""
         text = self._blobs.get_blob(ref)
@@ -279,6 +286,85 @@ class StorageCodec:
         if not sized or hashlib.sha256(text).hexdigest() != ref:
             raise PayloadError(f"the payload file {ref} is damaged: its content does not have the SHA-256 of its name")
         return text
+
+    # What a hook protects ---------------------------------------------------------------------------------------
+
+    def _opened(self, payload: Payload) -> bytes:
+        """What the hook was given, head and all."""
+        path, where = self._where(payload.ref)
+        if payload.enc != "custom":
+            raise CorruptJournalError(
+                f"{where} is not encrypted, and this storage is written through a codec: nothing was loaded", path=path
+            )
+        try:
+            data = _from_base64(payload.data) if payload.ref is None else self._blobs.get_blob(payload.ref)
+        except PayloadError as error:
+            raise CorruptJournalError(f"{where} is damaged: {error}", path=path) from error
+        return reveal(self._hook, data, self._place, where, path)
+
+    def _where(self, ref: str | None) -> tuple[str, str]:
+        """The file of what lies at this place, and words for it."""
+        store: Any = self._blobs
+        try:
+            path = store.blobs.path(ref) if ref else store.directory(self._run_id) if self._run_id else store.root
+        except AttributeError:  # no directory
+            path = ""
+        what = (
+            f"run {self._run_id!r}: a value" if self._run_id else "stored code" if self._place == _CODE else "a value"
+        )
+        if self._position:
+            what += f" of position {self._position}"
+        return path, f"{what} in {path}" if path else what
+
+    def move(self, payload: Payload, run_id: str, position: str = "") -> Payload:
+        """A payload that lies at this codec's place, for another place.
+
+        Raises:
+            CodecKeyError, CorruptJournalError: as `decode`.
+        """
+        if self._hook is None or payload.enc != "custom":
+            return payload
+        return self.at(run_id, position)._seal(self._hook, self._opened(payload), payload.digest)
+
+    def opened(self, payload: Payload) -> Payload:
+        """For people: what a view can show of a payload as if no hook had been there. Never to be stored."""
+        if payload.enc != "custom":
+            return payload
+        enc, text, cls, py = _parted(self._opened(payload))
+        data = from_json(text) if enc in ("json", "model") else None
+        shown = None if data is not None or enc == "json" else f"<{(cls or enc).rpartition('.')[2]}>"
+        return Payload(enc=enc, data=data, size=len(text), cls=cls, py=py, preview=shown)
+
+    def put_code(self, data: bytes) -> str:
+        """Store a snapshot of code durably; its reference."""
+        return self._blobs.put_blob(data if self._hook is None else protect(self._hook, data, _CODE))
+
+    def get_code(self, ref: str) -> bytes:
+        """The snapshot of code under `ref`; raises as `decode`, and StorageError where it is not there."""
+        data = self._blobs.get_blob(ref)
+        if self._hook is None:
+            return data
+        path, where = self.for_code()._where(ref)
+        return reveal(self._hook, data, _CODE, where, path)
+
+    def store_code(self, code: CodeRef) -> CodeRef:
+        """A reference to code as it is stored: code by value through the hook.
+
+        Raises:
+            ConfigurationError: it is code by value, a pickle, and those are switched off.
+        """
+        payload = code.payload
+        if payload is None or payload.enc == "custom":
+            return code
+        if not self.allow_pickle:
+            raise ConfigurationError(
+                f"{code.name!r} can only travel by value, as a pickle, and allow_pickle is off. Define it at the top "
+                "of a module that workers can import"
+            )
+        if self._hook is None:
+            return code
+        inner = _with_head(payload.enc, payload.cls, payload.py, _from_base64(payload.data))
+        return code.model_copy(update={"payload": self.for_code()._seal(self._hook, inner, None)})
 
     # Errors ---------------------------------------------------------------------------------------------------
 
@@ -309,13 +395,19 @@ class StorageCodec:
         )
 
     def decode_error(self, info: ErrorInfo) -> BaseException:
-        """The exception itself, or where it can't be restored a `StepFailedError` that has its texts."""
+        """The exception itself, or where it can't be restored a `StepFailedError` that has its texts.
+
+        Raises:
+            CodecKeyError, CorruptJournalError: as `decode`.
+        """
         reason = "it has no storable form"
         if info.exception is not None:
             try:
                 found = self.decode(info.exception)
                 if isinstance(found, BaseException):
                     return found
+            except UNREADABLE:
+                raise
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
         name = info.type if info.module in ("", "builtins") else f"{info.module}.{info.type}"
@@ -327,6 +419,25 @@ class StorageCodec:
     def readable(self, text: str) -> str:
         """A text of the log with what is encrypted in it revealed, or where that can't be done named."""
         return reveal_text(self._hook, text)
+
+    def hide(self, text: str) -> str:
+        """A text as the log holds it: `readable` gives it back."""
+        return text if self._hook is None else seal_text(self._hook, text, self._place)
+
+
+def _with_head(enc: str, cls: str | None, py: str | None, text: bytes) -> bytes:
+    head = to_json([enc, cls, py])
+    return b"".join([len(head).to_bytes(4, "big"), head, text])
+
+
+def _parted(inner: bytes) -> tuple[str, bytes, str | None, str | None]:
+    """What `_with_head` was made of."""
+    try:
+        size = int.from_bytes(inner[:4], "big")
+        enc, cls, py = from_json(inner[4 : 4 + size])
+    except ValueError as error:
+        raise PayloadError(f"a stored value is damaged: what the codec hook revealed is none ({error})") from error
+    return enc, inner[4 + size :], cls, py
 
 
 def _measure(value: Any) -> str:

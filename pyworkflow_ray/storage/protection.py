@@ -4,8 +4,9 @@ Called by the codec and by what shows texts; calls the user's hook. Every payloa
 alone is stored. Of an error kind, type and place stay readable; message and traceback become a token in the text where
 they stood, so that whatever quotes them (a later error, a view, a log line) quotes the token.
 
-Faults: a hook may raise anything: no key, a wrong one, data that was tampered with or moved to another place. Without
-the key a reader of payloads gets a `PayloadError`, and a reader of texts the word "(encrypted)".
+Faults: a hook may raise anything: no key, a wrong one, data that was tampered with or moved to another place. A
+`LookupError` of it means that it has no such key (`CodecKeyError`: nothing is lost), anything else that the data are
+damaged (`CorruptJournalError`). A reader of texts gets the word "(encrypted)" in both cases.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import hashlib
 import re
 from typing import Protocol
 
-from pyworkflow_ray.errors import ConfigurationError, PayloadError
+from pyworkflow_ray.errors import CodecKeyError, ConfigurationError, CorruptJournalError, PayloadError
 
 HIDDEN = "(encrypted)"
-_TOKEN = re.compile(r"encrypted\[([A-Za-z0-9+/=]*):([A-Za-z0-9+/=]+)\]")
-_NO_HOOK = "a stored value is encrypted: it was written through a codec hook, and none is set here"
+TOKEN = re.compile(r"encrypted\[([A-Za-z0-9+/=]*):([A-Za-z0-9+/=]+)\]")
+_NO_HOOK = (
+    "a stored value is encrypted: it was written through a codec, and none is set here. Set pw.init(codec=...) or "
+    "PYWORKFLOW_CODEC"
+)
 
 
 class CodecHook(Protocol):
@@ -31,8 +35,9 @@ class CodecHook(Protocol):
             then not noticed, and a `run_id` that exists is always another run's.
 
     `protect` gets the data and its place (run id and position), and returns what is stored; `reveal` undoes it exactly,
-    or raises where data or place were changed. Equal data at an equal place should give an equal result: what is large
-    is then stored once, however often a run is replayed. Both are called from any thread.
+    or raises: `LookupError` where the key is not there, anything else where data or place were changed. Equal data at
+    an equal place should give an equal result: what is large is then stored once, however often a run is replayed. Both
+    are called from any thread.
     """
 
     @property
@@ -55,15 +60,29 @@ def protect(hook: CodecHook, data: bytes, place: bytes) -> bytes:
         ) from error
 
 
-def reveal(hook: CodecHook | None, data: bytes, place: bytes) -> bytes:
+def reveal(hook: CodecHook | None, data: bytes, place: bytes, where: str = "", path: str = "") -> bytes:
+    """What `protect` was given.
+
+    Args:
+        where: Whose value it is and in which file, for the error. path: that file.
+
+    Raises:
+        CodecKeyError: there is no hook, or it has no such key.
+        CorruptJournalError: the hook refuses it.
+    """
+    where = where or "a stored value"
     if hook is None:
-        raise PayloadError(_NO_HOOK)
+        raise CodecKeyError(_NO_HOOK)
     try:
         return bytes(hook.reveal(data, place))
+    except LookupError as error:
+        text = error.args[0] if error.args else error
+        raise CodecKeyError(f"{where} can't be decrypted: {text}") from error
     except Exception as error:
-        raise PayloadError(
-            f"a stored value could not be revealed by the codec hook ({type(error).__name__}: {error}): is the key "
-            "right, and does the value lie where it was written?"
+        raise CorruptJournalError(
+            f"{where} is damaged: the codec refuses it ({type(error).__name__}: {error}). It was changed, or moved to "
+            "another place: restore it",
+            path=path,
         ) from error
 
 
@@ -100,7 +119,7 @@ def reveal_text(hook: CodecHook | None, text: str) -> str:
         except Exception:
             return HIDDEN
 
-    return _TOKEN.sub(clear, text)
+    return TOKEN.sub(clear, text)
 
 
 def _base64(data: bytes) -> str:

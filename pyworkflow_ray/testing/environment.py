@@ -207,7 +207,6 @@ class WorkflowEnv:
             storage_id=_STORAGE_ID,
             environment=self._environment,
             codec=self.codec,
-            put_blob=self.blobs.put_blob,
             at=self.clock(),
             uid=f"{self._ids.getrandbits(128):032x}",
         )

@@ -22,15 +22,13 @@ if TYPE_CHECKING:
 def replay(env: WorkflowEnv, history: Any, flow: Any = None) -> None:
     """See `WorkflowEnv.replay`."""
     codec: Any = env.codec
-    get_blob = env.blobs.get_blob
     if isinstance(history, RunHandle):
         codec = codec_of(history._storage)
-        get_blob = getattr(history._storage, "get_blob", get_blob)
     events = _events(history)
     state = History.of(events)
     created = state.created
     assert created is not None
-    code = flow.fn if flow is not None else load_workflow(created.code, get_blob).fn
+    code = flow.fn if flow is not None else load_workflow(created.code, codec.for_code().get_code).fn
     machine = Machine(code, created, codec)
     try:
         machine.replay(state.script, state.first_activated_at or created.at)

@@ -24,6 +24,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "storage": tmp_path / ".pyworkflow-ray",
         "log_level": "INFO",
         "allow_pickle": True,
+        "codec": None,
         "max_payload_bytes": None,
         "pool_min": 1,
         "pool_max": None,

@@ -29,7 +29,6 @@ def created(tmp_path: Path) -> RunCreated:
         storage_id=storage.storage_id,
         environment=CodeEnvironment(key="k", python="3.11"),
         codec=StorageCodec(storage),
-        put_blob=storage.put_blob,
     )
 
 
