@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 from pyworkflow_ray.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:
+    from pyworkflow_ray.engine.events import Event
     from pyworkflow_ray.runtime.client import Client
     from pyworkflow_ray.storage.port import StoragePort
+    from pyworkflow_ray.storage.storage import RunHistory
 
 log = logging.getLogger("pyworkflow_ray")
 
@@ -207,6 +209,20 @@ def codec_of(storage: StoragePort) -> Any:
         allow_pickle=settings.allow_pickle,
         max_payload_bytes=settings.max_payload_bytes,
     )
+
+
+def readable_events(storage: StoragePort, history: RunHistory) -> list[Event]:
+    """The events of a run for people: decrypted where this process can, without what is redacted.
+
+    Raises:
+        CorruptJournalError: an encrypted value was changed. ConfigurationError: as `codec_of`.
+    """
+    from pyworkflow_ray.storage.codec_mark import is_marked
+    from pyworkflow_ray.storage.revealing import revealed
+
+    if not is_marked(storage):
+        return history.events
+    return revealed(history.run_id, history.events, codec_of(storage))
 
 
 def _shown(settings: Any) -> str:

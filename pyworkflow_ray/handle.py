@@ -12,7 +12,7 @@ from collections.abc import Generator
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from pyworkflow_ray.connection import client_of, codec_of, need_client
+from pyworkflow_ray.connection import client_of, codec_of, need_client, readable_events
 from pyworkflow_ray.durations import Duration, parse_duration
 from pyworkflow_ray.engine.events import Event, RunCancelled, RunCompleted, RunCreated, RunFailed
 from pyworkflow_ray.engine.history import run_status
@@ -85,7 +85,8 @@ class RunHandle(Generic[R]):
 
         history = self._history()
         held = self._storage.is_held(history.lease)
-        return explain(history.events, time.time(), owner_alive=held, torn=history.torn and not history.finished)
+        events = readable_events(self._storage, history)
+        return explain(events, time.time(), owner_alive=held, torn=history.torn and not history.finished)
 
     @property
     def trace_id(self) -> str:

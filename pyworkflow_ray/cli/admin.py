@@ -11,7 +11,8 @@ import click
 from pyworkflow_ray.cli import options as opt
 from pyworkflow_ray.cli.main import CommandGroup
 from pyworkflow_ray.cli.reading import named
-from pyworkflow_ray.cli.screen import Screen, error_line, to_json
+from pyworkflow_ray.cli.screen import Screen, error_line, note_line, to_json
+from pyworkflow_ray.connection import codec_of
 from pyworkflow_ray.errors import StorageError
 from pyworkflow_ray.observability.words import plural, size_text
 
@@ -107,9 +108,14 @@ def compact(
 @opt.storage_option
 def verify(as_json: bool, storage_path: opt.StorageName | None) -> int:
     """Read every journal, checkpoint, payload, lease and index entry; exit 1 and name each file that is damaged."""
+    from pyworkflow_ray.storage.codec_mark import is_marked
     from pyworkflow_ray.storage.verify import verify as read_all
 
-    report, screen = read_all(_open(storage_path, "storage verify")), Screen()
+    opened, screen = _open(storage_path, "storage verify"), Screen()
+    codec = codec_of(opened)
+    report = read_all(opened, codec if codec.hooked else None)
+    if is_marked(opened) and not codec.hooked:
+        note_line("the values are encrypted and were not opened, for no codec is set (PYWORKFLOW_CODEC)")
     found = report.damaged
     if as_json:
         damaged = [{"run_id": d.run_id, "path": d.path, "error": d.error} for d in found]

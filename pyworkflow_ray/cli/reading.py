@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyworkflow_ray.cli.options import StorageName, storage_root
+from pyworkflow_ray.connection import readable_events
 from pyworkflow_ray.engine.events import Event
 from pyworkflow_ray.errors import PyWorkflowError, RunNotFoundError, StorageError
 from pyworkflow_ray.observability.model import RunView
@@ -56,7 +57,7 @@ class Reader:
         if self.storage is None:
             raise RunNotFoundError(f"no run {run_id!r} in {self.root}: there is no storage yet", run_id=run_id)
         history = self.storage.read_run(run_id)
-        events = list(history.events)
+        events = readable_events(self.storage, history)
         now = time.time() if now is None else now
         view = explain(events, now, tz=self.zone, owner_alive=self._alive(history.lease), torn=history.torn)
         return view, events

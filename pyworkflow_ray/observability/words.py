@@ -108,6 +108,8 @@ def payload_text(payload: Payload) -> str:
         return f"{name}({json.dumps(payload.data, ensure_ascii=False)})"
     if payload.preview is not None:
         return one_line(payload.preview)
+    if payload.enc == "custom":
+        return f"(encrypted, {size_text(payload.size)})"
     return f"<{_class_name(payload)}, {size_text(payload.size)}>"
 
 

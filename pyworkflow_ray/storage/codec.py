@@ -94,6 +94,11 @@ class StorageCodec:
         most = MAX_BUFFERS_BYTES if hook is None else MAX_PROTECTED_BYTES
         self.max_buffers_bytes = max_payload_bytes or most
 
+    @property
+    def hooked(self) -> bool:
+        """Whether all goes through a hook."""
+        return self._hook is not None
+
     def at(self, run_id: str, position: str = "") -> StorageCodec:
         """The codec for what lies at this place: what a hook has protected is readable at its own place only.
 
@@ -307,6 +312,8 @@ class StorageCodec:
         store: Any = self._blobs
         try:
             path = store.blobs.path(ref) if ref else store.directory(self._run_id) if self._run_id else store.root
+            if not ref and self._run_id and store.is_retired(self._run_id):
+                path = f"{store.root}/checkpoints"
         except AttributeError:  # no directory
             path = ""
         what = (
@@ -325,6 +332,10 @@ class StorageCodec:
         if self._hook is None or payload.enc != "custom":
             return payload
         return self.at(run_id, position)._seal(self._hook, self._opened(payload), payload.digest)
+
+    def check(self, payload: Payload) -> None:
+        """Raise what `decode` would because of the hook, and make nothing."""
+        self._opened(payload)
 
     def opened(self, payload: Payload) -> Payload:
         """For people: what a view can show of a payload as if no hook had been there. Never to be stored."""

@@ -16,6 +16,7 @@ from pydantic_core import to_json
 from pyworkflow_ray.engine.events import ErrorInfo, Event, Payload, RunActivated, RunCreated
 from pyworkflow_ray.observability.steps import Attempt, Track
 from pyworkflow_ray.observability.story import Story
+from pyworkflow_ray.storage.protection import reveal_text
 
 TABLES = ("runs", "events", "steps", "attempts")
 
@@ -240,7 +241,7 @@ def _attempt_row(run_id: str, track: Track, attempt: Attempt) -> Row:
 
 
 def _error(error: ErrorInfo | None) -> tuple[str | None, str | None, str | None]:
-    return (None, None, None) if error is None else (error.kind, error.type, error.message)
+    return (None, None, None) if error is None else (error.kind, error.type, reveal_text(None, error.message))
 
 
 def _value(payload: Payload | None) -> str | None:

@@ -21,7 +21,10 @@ from typing import Any, Final
 from pyworkflow_ray.engine.events import Event
 from pyworkflow_ray.errors import CorruptJournalError, RunNotFoundError, StorageError
 from pyworkflow_ray.storage.checked import decode_checked
+from pyworkflow_ray.storage.codec import StorageCodec
+from pyworkflow_ray.storage.codec_mark import MARK
 from pyworkflow_ray.storage.directory import STORAGE_FILE, listing
+from pyworkflow_ray.storage.revealing import refused
 from pyworkflow_ray.storage.storage import Storage
 
 _LEASE: Final = re.compile(r"([0-9a-f]{32})\.(lease|dead)")
@@ -44,16 +47,27 @@ class Report:
     runs: int = 0
     torn: list[str] = field(default_factory=list)
     damaged: list[Damage] = field(default_factory=list)
+    codec: StorageCodec | None = None
 
     def add(self, error: Exception, run_id: str | None = None) -> None:
         path = str(getattr(error, "path", "") or "")
         if not any(one.path == path and path and one.error == str(error) for one in self.damaged):
             self.damaged.append(Damage(run_id, path, str(error)))
 
+    def open(self, events: Iterable[Event], run_id: str) -> None:
+        """Report what the codec refuses of a run."""
+        if self.codec is not None:
+            for error in refused(run_id, events, self.codec):
+                self.add(error, run_id)
 
-def verify(storage: Storage) -> Report:
-    """Read all of it. Raises nothing that is damage."""
-    report = Report()
+
+def verify(storage: Storage, codec: StorageCodec | None = None) -> Report:
+    """Read all of it. Raises nothing that is damage.
+
+    Args:
+        codec: Of a storage that is encrypted: its values are opened, too. None: their bytes are read, no more.
+    """
+    report = Report(codec=codec)
     _small_files(storage, report)
     refs: dict[str, str] = {}
     unfinished = set(storage.unfinished_entries())
@@ -66,7 +80,7 @@ def verify(storage: Storage) -> Report:
 
 def _small_files(storage: Storage, report: Report) -> None:
     disk, root = storage.disk, storage.root
-    names = [(STORAGE_FILE, STORAGE_FILE)]
+    names = [(STORAGE_FILE, STORAGE_FILE), (MARK, MARK)]
     names += [(f"leases/{n}", f"leases/{n}") for n in sorted(listing(disk, f"{root}/leases")) if _LEASE.fullmatch(n)]
     for name, place in names:
         path = f"{root}/{name}"
@@ -95,6 +109,7 @@ def _journal(storage: Storage, run_id: str, unfinished: set[str], report: Report
     report.runs += 1
     report.torn += [run_id] if history.torn else []
     refs.update((ref, run_id) for ref in refs_of(history.events))
+    report.open(history.events, run_id)
     if not history.finished and run_id not in unfinished and run_id not in storage.unfinished_entries():
         path = f"{storage.root}/active"
         report.add(CorruptJournalError(f"run {run_id!r} has not ended, and {path} does not name it", path=path), run_id)
@@ -111,7 +126,7 @@ def _checkpoints(storage: Storage, report: Report, refs: dict[str, str]) -> None
     from pyworkflow_ray.storage.checkpoint import CheckpointChanged, with_compacted
 
     def read(compacted: Any) -> None:
-        part = Report()
+        part = Report(codec=report.codec)
         found_refs: dict[str, str] = {}
         for batch in compacted.manifest.batches:
             _batch(storage, compacted, batch, part, found_refs)
@@ -150,6 +165,7 @@ def _batch(storage: Storage, compacted: Any, batch: Any, report: Report, refs: d
                 if event.seq != counts[run_id]:
                     raise CorruptJournalError(f"{path}: run {run_id!r} has no event {counts[run_id]}", path=path)
                 refs.update((ref, run_id) for ref in refs_of([event]))
+                report.open([event], run_id)
             except StorageError as error:
                 report.add(error, run_id)
             counts[run_id] += 1

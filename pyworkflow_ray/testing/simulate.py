@@ -17,7 +17,7 @@ from dataclasses import replace
 from pyworkflow_ray.engine.commands import Limits
 from pyworkflow_ray.engine.events import RunCancelled, RunCompleted
 from pyworkflow_ray.testing.programs import Program, World, expected, generate, interpret, operators
-from pyworkflow_ray.testing.simulator import Faults, Simulation, Simulator, check_invariants
+from pyworkflow_ray.testing.simulator import RUN_ID, Faults, Simulation, Simulator, check_invariants
 
 
 def simulate(seed: int) -> tuple[Simulation, Counter[str]]:
@@ -62,8 +62,9 @@ def simulate(seed: int) -> tuple[Simulation, Counter[str]]:
         return simulation, operators(program)
     if not isinstance(ended, RunCompleted):
         raise AssertionError(f"seed {seed}: the run ended as {ended or simulation.paused}; {again}")
-    if ended.result.data != expected(program):
-        raise AssertionError(f"seed {seed}: result {ended.result.data}, expected {expected(program)}; {again}")
+    result = simulator.codec.at(RUN_ID).decode(ended.result)
+    if result != expected(program):
+        raise AssertionError(f"seed {seed}: result {result}, expected {expected(program)}; {again}")
     return simulation, operators(program)
 
 

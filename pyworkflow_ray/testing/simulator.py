@@ -26,7 +26,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from pyworkflow_ray.engine.calls import Codec, Outcome, StepCall
 from pyworkflow_ray.engine.commands import Append, CancelDispatch, Dispatch, Effect, Finish, Limits, Park, Pause
@@ -51,9 +51,11 @@ from pyworkflow_ray.execution.records import Failure, Records
 from pyworkflow_ray.resilience.retry import Retry, Stop, decide
 from pyworkflow_ray.resilience.taxonomy import classify
 from pyworkflow_ray.storage.codec import StorageCodec
+from pyworkflow_ray.storage.protection import CodecHook
 from pyworkflow_ray.testing.blobs import MemoryBlobs
 from pyworkflow_ray.testing.memory_store import MemoryStore
 
+RUN_ID = "simulated"
 START_AT = 1_700_000_000.0
 
 
@@ -93,6 +95,8 @@ class Simulator:
         mend: Called before a run that failed, or paused at its limit of events, is resumed; None: it is not.
     """
 
+    hook: ClassVar[CodecHook | None] = None  # what values pass through, as of every simulator
+
     def __init__(
         self,
         flow: Any,
@@ -117,7 +121,7 @@ class Simulator:
         self._done: dict[str, tuple[str, str]] = {}  # what had completed after a failure that a resume took back
         self._records: dict[tuple[int, str, int], Records] = {}  # of each dispatch
         self._unknown: set[str] = set()  # positions of steps that may not be executed again
-        self.codec: Codec = StorageCodec(MemoryBlobs())
+        self.codec: Codec = StorageCodec(MemoryBlobs(), hook=self.hook)
         self.store = MemoryStore()
         self.result = Simulation(seed)
         self._now = START_AT
@@ -129,13 +133,13 @@ class Simulator:
         self._parked = False
         created = RunCreated(
             at=START_AT,
-            run_id="simulated",
+            run_id=RUN_ID,
             run_uid="0" * 32,
             storage_id="1" * 32,
             workflow="simulated",
             code=CodeRef(how="import", name="simulated"),
             environment=CodeEnvironment(key="simulated", python="3.11"),
-            args=[self.codec.encode(value) for value in args],
+            args=[self.codec.at(RUN_ID).encode(value) for value in args],
             max_duration_s=max_duration_s,
             max_recoveries=max_recoveries,
             trace_id="2" * 32,
@@ -354,6 +358,9 @@ class Simulator:
         self._note(driver, begun)
         self._at(took, lambda: self._finish(driver, call, started))
 
+    def _codec_of(self, call: StepCall) -> Codec:
+        return self.codec.at(call.run_id, call.position)
+
     def _finish(self, driver: Driver, call: StepCall, started: float) -> None:
         if driver is not self._driver:
             return
@@ -365,13 +372,14 @@ class Simulator:
             raise AssertionError(f"seed {self.result.seed}: {call.position} is not idempotent and executed again")
         if not call.policy.idempotent:
             self._unknown.add(call.position)
-        args = [self.codec.decode(value) for value in call.args]
+        codec = self._codec_of(call)
+        args = [codec.decode(value) for value in call.args]
         self.result.executions.append((call.position, repr(args)))
         attempt = call.first_attempt
         outcome = Outcome(call.position, call.dispatch, "completed", attempt, started_at=started, ended_at=self._now)
         outcome.attempts = self._records_of(driver, call).all()
         try:
-            outcome.result = self.codec.encode(self._steps[call.step](*args))
+            outcome.result = codec.encode(self._steps[call.step](*args))
         except Exception as error:
             self._failed(driver, call, outcome, error)
             return
@@ -384,7 +392,7 @@ class Simulator:
     def _failed(self, driver: Driver, call: StepCall, outcome: Outcome, error: Exception) -> None:
         self._unknown.discard(call.position)  # a known failure may be tried again
         kind = classify(error)
-        info = self.codec.encode_error(error, kind)
+        info = self._codec_of(call).encode_error(error, kind)
         choice = decide(error, kind, call.policy, now=self._now, rng=self._rng, retries_used=call.retries_used)
         retry = choice if isinstance(choice, Retry) else None
         records = self._records_of(driver, call)
