@@ -11,6 +11,7 @@ from pyworkflow_ray.cli.reading import Filter, open_reader
 from pyworkflow_ray.cli.rerun import choose, paced
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.execution.submission import difference, make_rerun
+from pyworkflow_ray.storage.codec import StorageCodec
 from tests.cli.conftest import DECLINED, Shop
 
 
@@ -92,7 +93,7 @@ def test_an_unknown_run_and_nothing_to_rerun(invoke: Any, shop: Shop) -> None:
 def test_a_rerun_has_the_same_workflow_and_arguments_and_an_identity_of_its_own(shop: Shop) -> None:
     old = shop.storage.read_run("order-41").events[0]
     assert isinstance(old, ev.RunCreated)
-    new = make_rerun(old)
+    new = make_rerun(old, StorageCodec(shop.storage))
     assert difference(old, new) is None
     assert (new.rerun_of, new.seq, new.attributes) == ("order-41", 0, {"customer": "acme"})
     for name in ("run_id", "run_uid", "trace_id"):
