@@ -48,7 +48,7 @@ def init(storage: str | os.PathLike[str] | None = None, address: str | None = No
         storage: Directory of the runs, or the URL of a bucket (s3://bucket/prefix, also gs and az); None:
             `PYWORKFLOW_STORAGE`, else `~/.pyworkflow-ray`.
         address: As in Ray; None: `RAY_ADDRESS`, a running local cluster, else a new local one.
-        settings: log_level, allow_pickle, codec, max_payload_bytes, pool_min, pool_max, worker_wait_max,
+        settings: log_level, allow_pickle, codec, redact, max_payload_bytes, pool_min, pool_max, worker_wait_max,
             compact_after, compact_above, compact_failed_after, retain.
 
     Raises:
@@ -98,6 +98,7 @@ def _connect(ray_options: dict[str, Any] | None = None) -> Client:
         address=_address,
         allow_pickle=_settings.allow_pickle,
         codec=_settings.codec,
+        redact=_settings.redact,
         max_payload_bytes=_settings.max_payload_bytes,
         pool_min=_settings.pool_min,
         pool_max=_settings.pool_max,
@@ -206,6 +207,7 @@ def codec_of(storage: StoragePort) -> Any:
     return StorageCodec(
         storage,
         hook=hook,
+        redact=settings.redact,
         allow_pickle=settings.allow_pickle,
         max_payload_bytes=settings.max_payload_bytes,
     )

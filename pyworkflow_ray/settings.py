@@ -38,6 +38,9 @@ class Settings(BaseSettings):
         default=None,
         description="What every stored value passes through, 'module:object': pyworkflow_ray.crypto:aes_gcm encrypts",
     )
+    redact: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Names of arguments, keys and fields whose values are shown to nobody: password,token"
+    )
     max_payload_bytes: int | None = Field(
         default=None, ge=1024, description="Largest value; None: 64 MiB, beside 8 GiB of buffers of arrays and tables"
     )
@@ -80,6 +83,13 @@ class Settings(BaseSettings):
         from pyworkflow_ray.storage.codec_mark import name_of
 
         return None if value is None else name_of(value)
+
+    @field_validator("redact", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
 
     @field_validator("log_level", mode="before")
     @classmethod

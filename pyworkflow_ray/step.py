@@ -77,6 +77,7 @@ class Step(Generic[P, R]):
             step=definition.name,
             code=describe_step(definition),
             args=given,
+            names=definition.names,
             kwargs=named,
             policy=definition.policy,
             executor=definition.executor,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from pyworkflow_ray.cli.options import StorageName, storage_root
 from pyworkflow_ray.connection import readable_events
@@ -61,6 +61,13 @@ class Reader:
         now = time.time() if now is None else now
         view = explain(events, now, tz=self.zone, owner_alive=self._alive(history.lease), torn=history.torn)
         return view, events
+
+    def shown(self, run_id: str, events: list[Event]) -> list[Event]:
+        """The events without the data of values that are redacted."""
+        from pyworkflow_ray.storage.codec import StorageCodec
+        from pyworkflow_ray.storage.revealing import revealed
+
+        return revealed(run_id, events, StorageCodec(cast("Any", self.storage)))
 
     def listing(self, wanted: Filter, limit: int, before: str | None) -> Listed:
         """The newest `limit` runs that are wanted, and what is wrong with runs that can't be read, wanted or not.

@@ -153,7 +153,7 @@ def events(
         position = _step(view, log, step_number)[0].position
         log = [event for event in log if getattr(event, "position", None) == position]
     if as_json:
-        screen.raw(to_json([event.model_dump(mode="json") for event in log]))
+        screen.raw(to_json([event.model_dump(mode="json") for event in reader.shown(run_id, log)]))
         for note in view.notes:
             error_line(note)
     else:

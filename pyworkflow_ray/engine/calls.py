@@ -137,7 +137,13 @@ class Outcome:
 class Codec(Protocol):
     """Encodes values for the log and decodes them: exact round trip, or `PayloadError`. Implemented by storage."""
 
-    def encode(self, value: Any) -> Payload: ...
+    def encode(self, value: Any, name: str | None = None) -> Payload:
+        """name: of the parameter that the value is given to: what has a marked name is not shown to people."""
+        ...
+
+    def marks(self, name: str | None) -> bool:
+        """Whether the user marked this name as that of something secret."""
+        ...
 
     def pack(self, value: Any) -> Payload:
         """As `encode`, for a value that travels and is not stored: whole, whatever its size."""
@@ -199,6 +205,7 @@ class StepRequest:
     executor: Literal["task", "local"] = "task"
     ray_options: dict[str, Any] = field(default_factory=dict)
     breaker: str | None = None
+    names: tuple[str, ...] = ()  # of the parameters that `args` are given to
 
 
 @dataclass(slots=True)
@@ -215,3 +222,10 @@ class MapRequest:
     concurrency: int
     max_failures: int | None = None
     max_ratio: float | None = None
+
+
+def encode_arguments(codec: Codec, request: StepRequest) -> tuple[list[Payload], dict[str, Payload]]:
+    """The arguments of a step call in stored form; raises PayloadError as `encode`."""
+    names = request.names
+    args = [codec.encode(value, names[n] if n < len(names) else None) for n, value in enumerate(request.args)]
+    return args, {name: codec.encode(value, name) for name, value in request.kwargs.items()}

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, NoReturn
 
-from pyworkflow_ray.engine.calls import Codec, MapRequest, StepRequest
+from pyworkflow_ray.engine.calls import Codec, MapRequest, StepRequest, encode_arguments
 from pyworkflow_ray.engine.events import Event, Payload, StepCancelled, StepScheduled, TimerCancelled, TimerStarted
 from pyworkflow_ray.engine.maps import MapInProgress, MapOutcome, map_event
 from pyworkflow_ray.errors import ConfigurationError, PyWorkflowError
@@ -118,8 +118,7 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         if self.evicted:
             return await self.create_future()
         codec = self.codec.at(self.run_id, self._next_place())
-        args = [codec.encode(value) for value in request.args]
-        kwargs = {name: codec.encode(value) for name, value in request.kwargs.items()}
+        args, kwargs = encode_arguments(codec, request)
         return await self.schedule_step(request, args, kwargs)
 
     async def compensate(self, request: StepRequest, args: list[Payload], kwargs: dict[str, Payload]) -> Any:

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyworkflow_ray.engine.calls import StepRequest
+from pyworkflow_ray.engine.calls import StepRequest, encode_arguments
 from pyworkflow_ray.engine.events import Payload
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ class Saga:
         """
         loop = self._loop
         loop.codec.store_code(request.code)  # refused now rather than when it is needed
-        args = [loop.codec.encode(value) for value in request.args]
-        kwargs = {name: loop.codec.encode(value) for name, value in request.kwargs.items()}
+        args, kwargs = encode_arguments(loop.codec, request)
         if not loop.evicted and not self.running:
             self._registered.append(Compensation(request, args, kwargs))
 

@@ -21,6 +21,7 @@ class Payload(BaseModel):
     cls: the class of the value, "module:qualname", for "model" and "pickle".
     preview: a short text of the value for people, None where `data` shows it already or it is redacted.
     blobs: SHA-256 of each further blob that the value needs.
+    redacted: whether nobody is to be shown the value: `preview` alone, in which what is secret is masked.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,6 +35,7 @@ class Payload(BaseModel):
     py: str | None = None
     preview: str | None = None
     blobs: tuple[str, ...] = Field(default=(), exclude_if=lambda blobs: not blobs)
+    redacted: bool = Field(default=False, exclude_if=lambda redacted: not redacted)
 
 
 class CodeRef(BaseModel):

@@ -85,6 +85,13 @@ class Definition:
         return inspect.signature(self.fn)
 
     @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters that take one positional argument each."""
+        return tuple(
+            p.name for p in self.signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        )
+
+    @functools.cached_property
     def arguments(self) -> Arguments:
         title = self.name if self.explicit else self.qualname
         return Arguments(self.signature, self.hints(), title)
@@ -116,7 +123,7 @@ class Definition:
 
     def __getstate__(self) -> dict[str, Any]:
         self.hints()
-        caches = ("signature", "arguments", "code_ref")
+        caches = ("signature", "names", "arguments", "code_ref")
         state = {key: value for key, value in self.__dict__.items() if key not in caches}
         state["_local_names"] = {}
         state["home"] = None

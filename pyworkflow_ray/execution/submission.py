@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 from pyworkflow_ray.engine.calls import Codec
 from pyworkflow_ray.engine.events import CodeEnvironment, Payload, RunCreated
+from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.breakers import declared_settings
 from pyworkflow_ray.execution.budgets import declared_budgets
 from pyworkflow_ray.execution.code import describe_workflow
@@ -47,6 +49,13 @@ def make_created(
         PayloadError, ConfigurationError: an argument can't be stored, or the code can't be sent.
     """
     positional, named = definition.bind(args, dict(kwargs))
+    names = definition.names
+    for name in attributes:
+        if codec.marks(name):
+            raise ConfigurationError(
+                f"attribute {name!r} is not allowed: its name is marked (redact), and attributes are shown "
+                "to everybody. Pass it as an argument"
+            )
     uid = uid or new_id()
     run_id = run_id or new_run_id()
     mine, code = codec.at(run_id), codec.for_code()
@@ -60,8 +69,8 @@ def make_created(
         version=None if definition.version is None else str(definition.version),
         code=describe_workflow(definition, code.put_code, allow_pickle=code.allow_pickle),
         environment=environment,
-        args=[mine.encode(value) for value in positional],
-        kwargs={name: mine.encode(value) for name, value in named.items()},
+        args=[mine.encode(value, name) for value, name in zip_longest(positional, names[: len(positional)])],
+        kwargs={name: mine.encode(value, name) for name, value in named.items()},
         attributes=dict(attributes),
         max_duration_s=definition.max_duration_s,
         max_recoveries=definition.max_recoveries,

@@ -44,12 +44,14 @@ class ErrorView(ViewModel):
 
 
 class ValueView(ViewModel):
-    """An argument or a result: `text` for people, cut where `complete` is false; `size` is bytes as stored."""
+    """An argument or a result: `text` for people, cut where `complete` is false; `size` is bytes as stored.
+    redacted: there is something secret in it, and `text` shows the rest."""
 
     text: str
     complete: bool = True
     size: int = 0
     type: str | None = None
+    redacted: bool = False
 
 
 class AttemptView(ViewModel):

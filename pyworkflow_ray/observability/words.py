@@ -91,13 +91,15 @@ def size_text(size: int) -> str:
 
 def payload_value(payload: Payload) -> Any:
     """The value where it is stored as JSON (a model's fields), else a text that stands for it."""
-    if payload.ref is None and payload.enc in ("json", "model"):
+    if payload.ref is None and payload.enc in ("json", "model") and not payload.redacted:
         return payload.data
     return payload_text(payload)
 
 
 def payload_text(payload: Payload) -> str:
     """The whole value on one line, where the log holds it readable; else its preview, or type and size."""
+    if payload.redacted:
+        return one_line(payload.preview or "[redacted]")
     if payload.ref is None and payload.enc == "json":
         return json.dumps(payload.data, ensure_ascii=False)
     if payload.ref is None and payload.enc == "model":
@@ -119,8 +121,10 @@ def _class_name(payload: Payload) -> str:
 
 def value_view(payload: Payload, limit: int = SHORT) -> ValueView:
     whole = payload_text(payload)
-    complete = len(whole) <= limit and payload.ref is None
-    return ValueView(text=cut(whole, limit), complete=complete, size=payload.size, type=payload.cls)
+    complete = len(whole) <= limit and payload.ref is None and not payload.redacted
+    return ValueView(
+        text=cut(whole, limit), complete=complete, size=payload.size, type=payload.cls, redacted=payload.redacted
+    )
 
 
 def input_views(args: list[Payload], kwargs: dict[str, Payload]) -> list[ValueView]:

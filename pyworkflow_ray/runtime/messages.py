@@ -40,6 +40,7 @@ class RuntimeConfig:
     storage_id: str
     allow_pickle: bool = True
     codec: str | None = None  # "module:object" of what every stored value passes through
+    redact: tuple[str, ...] = ()
     max_payload_bytes: int | None = None
     pool_min: int = 1
     pool_max: int | None = None

@@ -84,6 +84,7 @@ def make_codec(storage: StoragePort, config: RuntimeConfig, shared: SharedObject
     return StorageCodec(
         storage,
         hook=hook,
+        redact=config.redact,
         allow_pickle=config.allow_pickle,
         max_payload_bytes=config.max_payload_bytes,
         sharing=shared,

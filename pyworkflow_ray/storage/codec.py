@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
 import hashlib
+import logging
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from pydantic_core import from_json, to_json
@@ -43,6 +46,9 @@ from pyworkflow_ray.storage.payload import (
     preview,
 )
 from pyworkflow_ray.storage.protection import CodecHook, keyed_digest, protect, reveal, reveal_text, seal_text
+from pyworkflow_ray.storage.redaction import Redaction
+
+log = logging.getLogger("pyworkflow_ray.storage")
 
 SPILL_BYTES = 64 * 1024  # larger values go to files of their own: a commit of the journal stays small
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024  # of what is copied to be stored: JSON, pickles
@@ -74,6 +80,7 @@ class StorageCodec:
             (through a hook 1 GiB in all). Larger ones raise `PayloadError` without being built.
         hook: Encrypts; default none. See `protection`.
         sharing: Where other processes find large buffers without reading them; default nowhere.
+        redact: Names of what is not shown to people; see `redaction`.
     """
 
     def __init__(
@@ -84,8 +91,10 @@ class StorageCodec:
         max_payload_bytes: int | None = None,
         hook: CodecHook | None = None,
         sharing: Sharing | None = None,
+        redact: Iterable[str] = (),
     ) -> None:
         self._blobs = blobs
+        self._redaction = Redaction(redact)
         self._hook = hook
         self._large = LargeBuffers(blobs, sharing)
         self._run_id, self._position, self._place = "", "", b""
@@ -121,14 +130,17 @@ class StorageCodec:
 
     # Values ---------------------------------------------------------------------------------------------------
 
-    def encode(self, value: Any) -> Payload:
+    def encode(self, value: Any, name: str | None = None) -> Payload:
         """The stored form of `value`; exceptions are values too.
+
+        Args:
+            name: Of the parameter that it is given to.
 
         Raises:
             PayloadError: no encoding keeps it exactly, it is too large, or it needs a pickle and those are off.
         """
         cls = type(value)
-        if self._hook is None and (
+        if (self._hook is None and not self._redaction.marks(name)) and (
             value is None
             or cls is bool
             or (cls is int and -(2**63) <= value < 2**63)
@@ -136,7 +148,20 @@ class StorageCodec:
         ):
             text = canonical(value)
             return Payload(enc="json", data=value, size=len(text), digest=digest_of(text))
-        return self._store(self._encode_checked(value), value)
+        return self._store(self._encode_checked(value), value, name)
+
+    def marks(self, name: str | None) -> bool:
+        """Whether the user marked this name as that of something secret."""
+        return self._redaction.marks(name)
+
+    def _hidden(self, encoded: Encoded, value: Any, name: str | None) -> str | None:
+        """What people are shown of a value that holds something secret; None: it holds nothing."""
+        if encoded.enc == "exception" or (encoded.enc == "json" and not self._redaction.names):
+            return None
+        text = self._redaction.text(value, name, encoded.secret)
+        if text is not None and self._hook is None:
+            _warn_of_clear_text(str(getattr(self._blobs, "root", "")))
+        return text
 
     def _encode_checked(self, value: Any) -> Encoded:
         try:
@@ -162,7 +187,7 @@ class StorageCodec:
             PayloadError: as `encode`.
         """
         encoded = self._encode_checked(value)
-        enc, text, data, cls, digest, buffers = encoded
+        enc, text, data, cls, digest, buffers, _ = encoded
         if self._hook is not None or buffers:
             return self._store(encoded, value)
         py = PYTHON if enc == "pickle" or (enc == "exception" and exceptions.holds_pickle(data)) else None
@@ -191,8 +216,10 @@ class StorageCodec:
                 f"a {pickling.type_name(value)} can't be stored: it has no exact JSON form ({reason}), and pickles are "
                 "switched off (allow_pickle=False). Pass JSON types, an importable pydantic model or a dataclass"
             )
-        text, buffers = pickling.dump_checked(value, limit, self.max_buffers_bytes)
-        return Encoded("buffers" if buffers else "pickle", text, None, pickling.type_name(value), None, buffers)
+        secrets: list[str] = []
+        text, buffers = pickling.dump_checked(value, limit, self.max_buffers_bytes, secrets)
+        enc = "buffers" if buffers else "pickle"
+        return Encoded(enc, text, None, pickling.type_name(value), None, buffers, bool(secrets))
 
     def _encode_recipe(self, recipe: exceptions.Recipe) -> Encoded:
         text = to_json(recipe)
@@ -200,12 +227,13 @@ class StorageCodec:
             raise TooLarge
         return Encoded("exception", text, recipe, None, None)
 
-    def _store(self, encoded: Encoded, value: Any) -> Payload:
-        enc, text, data, cls, digest, buffers = encoded
+    def _store(self, encoded: Encoded, value: Any, name: str | None = None) -> Payload:
+        enc, text, data, cls, digest, buffers, _ = encoded
+        hidden = self._hidden(encoded, value, name)
         pickled = enc in ("pickle", "buffers") or (enc == "exception" and exceptions.holds_pickle(data))
         py = PYTHON if pickled else None
         if self._hook is not None:
-            return self._protect(self._hook, encoded, py)
+            return self._protect(self._hook, encoded, py, hidden)
         ref, size = None, len(text)
         blobs: tuple[str, ...] = ()
         shown = preview(value) if enc in ("pickle", "buffers") else None
@@ -220,12 +248,23 @@ class StorageCodec:
         elif enc in ("pickle", "buffers"):
             data = base64.b64encode(text).decode()
         return Payload(
-            enc=enc, data=data, ref=ref, size=size, digest=digest, cls=cls, py=py, preview=shown, blobs=blobs
+            enc=enc,
+            data=data,
+            ref=ref,
+            size=size,
+            digest=digest,
+            cls=cls,
+            py=py,
+            preview=shown if hidden is None else hidden,
+            blobs=blobs,
+            redacted=hidden is not None,
         )
 
-    def _protect(self, hook: CodecHook, encoded: Encoded, py: str | None) -> Payload:
+    def _protect(self, hook: CodecHook, encoded: Encoded, py: str | None, hidden: str | None) -> Payload:
         text = whole_frame(encoded.text, encoded.buffers) if encoded.buffers else encoded.text
-        return self._seal(hook, _with_head(encoded.enc, encoded.cls, py, text), keyed_digest(hook, encoded.digest))
+        return self._seal(
+            hook, _with_head(encoded.enc, encoded.cls, py, text, hidden), keyed_digest(hook, encoded.digest)
+        )
 
     def _seal(self, hook: CodecHook, inner: bytes, digest: str | None) -> Payload:
         text = protect(hook, inner, self._place)
@@ -243,7 +282,7 @@ class StorageCodec:
         """
         enc, data = payload.enc, payload.data
         if self._hook is not None or enc == "custom":
-            return self._decode_text(*_parted(self._opened(payload)))
+            return self._decode_text(*_parted(self._opened(payload))[:4])
         if payload.ref is None:
             if enc == "json":
                 return copy_json(data)
@@ -339,9 +378,13 @@ class StorageCodec:
 
     def opened(self, payload: Payload) -> Payload:
         """For people: what a view can show of a payload as if no hook had been there. Never to be stored."""
+        if payload.redacted:
+            return payload.model_copy(update={"data": None})
         if payload.enc != "custom":
             return payload
-        enc, text, cls, py = _parted(self._opened(payload))
+        enc, text, cls, py, hidden = _parted(self._opened(payload))
+        if hidden is not None:
+            return Payload(enc=enc, size=len(text), cls=cls, py=py, preview=hidden, redacted=True)
         data = from_json(text) if enc in ("json", "model") else None
         shown = None if data is not None or enc == "json" else f"<{(cls or enc).rpartition('.')[2]}>"
         return Payload(enc=enc, data=data, size=len(text), cls=cls, py=py, preview=shown)
@@ -385,6 +428,9 @@ class StorageCodec:
         Never raises because of what `error` is or holds.
         """
         message, trace = failure_text.message_of(error), failure_text.traceback_of(error)
+        masked = self._redaction.message(error)
+        if masked is not None:
+            message, trace = masked, trace.replace(message, masked)
         exception: Payload | None = None
         try:
             recipe = exceptions.take_apart(error, self.allow_pickle)
@@ -436,19 +482,29 @@ class StorageCodec:
         return text if self._hook is None else seal_text(self._hook, text, self._place)
 
 
-def _with_head(enc: str, cls: str | None, py: str | None, text: bytes) -> bytes:
-    head = to_json([enc, cls, py])
+def _with_head(enc: str, cls: str | None, py: str | None, text: bytes, hidden: str | None = None) -> bytes:
+    head = to_json([enc, cls, py, hidden])
     return b"".join([len(head).to_bytes(4, "big"), head, text])
 
 
-def _parted(inner: bytes) -> tuple[str, bytes, str | None, str | None]:
+def _parted(inner: bytes) -> tuple[str, bytes, str | None, str | None, str | None]:
     """What `_with_head` was made of."""
     try:
         size = int.from_bytes(inner[:4], "big")
-        enc, cls, py = from_json(inner[4 : 4 + size])
+        enc, cls, py, hidden = from_json(inner[4 : 4 + size])
     except ValueError as error:
         raise PayloadError(f"a stored value is damaged: what the codec hook revealed is none ({error})") from error
-    return enc, inner[4 + size :], cls, py
+    return enc, inner[4 + size :], cls, py, hidden
+
+
+@functools.cache
+def _warn_of_clear_text(root: str) -> None:
+    """Once a process and storage."""
+    log.warning(
+        "a secret is stored in clear text in %s, for a step may need it again; it is shown to nobody. A codec encrypts "
+        "it: pw.init(codec=...)",
+        root or "memory",
+    )
 
 
 def _measure(value: Any) -> str:

@@ -43,7 +43,7 @@ _canonical_text = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure
 class Encoded(NamedTuple):
     """A value in stored form. `text` is the JSON text or the pickle; `data` the JSON value, None for a pickle.
 
-    buffers: large buffers that were taken out of the pickle.
+    buffers: large buffers that were taken out of the pickle. secret: one of pydantic's secrets is in the pickle.
     """
 
     enc: str
@@ -52,6 +52,7 @@ class Encoded(NamedTuple):
     cls: str | None
     digest: str | None
     buffers: Sequence[memoryview] = ()
+    secret: bool = False
 
 
 class NotJson(Exception):

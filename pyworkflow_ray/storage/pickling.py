@@ -18,6 +18,7 @@ from typing import Any
 
 from pyworkflow_ray.errors import PayloadError
 from pyworkflow_ray.storage.payload import TooLarge
+from pyworkflow_ray.storage.redaction import SECRETS
 
 PROTOCOL = 5
 OUT_OF_BAND_BYTES = 64 * 1024  # buffers of arrays and tables from this size on are stored apart, uncopied
@@ -60,8 +61,11 @@ def _pickler_class() -> Any:
         def __init__(self, file: Any, left_out: list[str] | None, take: Any) -> None:
             super().__init__(file, protocol=PROTOCOL, buffer_callback=take)
             self._left_out = left_out
+            self.secrets: list[str] | None = None
 
         def reducer_override(self, obj: Any) -> Any:
+            if self.secrets is not None and isinstance(obj, SECRETS):
+                self.secrets.append(type(obj).__name__)
             if isinstance(obj, BaseException):
                 from pyworkflow_ray.storage.exceptions import reduce_exception
 
@@ -98,12 +102,14 @@ def dump(
     left_out: list[str] | None = None,
     buffers: list[memoryview] | None = None,
     buffers_limit: int | None = None,
+    secrets: list[str] | None = None,
 ) -> bytes:
     """The pickle of `value`; raises whatever pickling raises, and TooLarge beyond `limit` bytes.
 
     Args:
         buffers: Where large buffers go, out of the pickle; None: they stay in it. More than `buffers_limit` bytes of
             them are TooLarge.
+        secrets: Where the types of pydantic's secrets in it are noted.
     """
     global _pickler
     if _pickler is None:
@@ -125,11 +131,15 @@ def dump(
         return False
 
     file = _Bounded(limit)
-    _pickler(file, left_out, None if buffers is None else take).dump(value)
+    pickler = _pickler(file, left_out, None if buffers is None else take)
+    pickler.secrets = secrets
+    pickler.dump(value)
     return file.getvalue()
 
 
-def dump_checked(value: Any, limit: int, buffers_limit: int | None = None) -> tuple[bytes, list[memoryview]]:
+def dump_checked(
+    value: Any, limit: int, buffers_limit: int | None = None, secrets: list[str] | None = None
+) -> tuple[bytes, list[memoryview]]:
     """The pickle of `value` and its large buffers, which have been loaded once and gave a value of the same type.
 
     Raises:
@@ -138,7 +148,7 @@ def dump_checked(value: Any, limit: int, buffers_limit: int | None = None) -> tu
     """
     buffers: list[memoryview] = []
     try:
-        text = dump(value, limit, None, buffers, buffers_limit)
+        text = dump(value, limit, None, buffers, buffers_limit, secrets)
     except TooLarge:
         raise
     except Exception as error:

@@ -58,6 +58,11 @@ _TYPES: Final = {
     pa.timestamp("us", "UTC"): "TIMESTAMPTZ",
     pa.json_(pa.string()): "JSON",
 }
+# An event that holds a redacted value is there, and what it holds is not shown.
+_MASKED: Final = (
+    "case when contains(data::varchar, '\"redacted\":true') "
+    "then json_object('type', type, 'redacted', true) else data end"
+)
 _LOCKS: Final = ("SET enable_external_access = false", "SET lock_configuration = true")
 _TRIES: Final = 20
 
@@ -156,7 +161,8 @@ def _make_views(
             types = ", ".join(f"{field.name} {_TYPES[field.type]}" for field in columns)
             statements.append(f"create table journals.{name} ({types})")
             source.append(f"select * from journals.{name}")
-        statements.append(f"create view {name} as {' union all '.join(source)}")
+        shown = f"select * replace ({_MASKED} as data) from " if name == "events" else "from "
+        statements.append(f"create view {name} as {shown}({' union all '.join(source)})")
     connection.execute("; ".join(statements))
     for name in (name for name in wanted if live.rows.get(name)):
         connection.register("gathered", live.table(name))

@@ -246,7 +246,7 @@ def _error(error: ErrorInfo | None) -> tuple[str | None, str | None, str | None]
 
 def _value(payload: Payload | None) -> str | None:
     """JSON of a value that is stored as JSON in the journal itself; None for pickles and large ones."""
-    if payload is None or payload.ref is not None or payload.enc not in ("json", "model"):
+    if payload is None or payload.redacted or payload.ref is not None or payload.enc not in ("json", "model"):
         return None
     return to_json(payload.data).decode()
 

@@ -100,7 +100,7 @@ def main(storage: str) -> None:
     async def by_snapshot() -> str:
         return await by_value("-") + await by_value.options(retry_on=lambda error: secret in str(error))("+")
 
-    pw.init(storage=storage, codec=codec if __name__ != "__main__" else "encrypted_flows:codec", pool_min=1)
+    pw.init(storage=storage, codec="encrypted_flows:codec", redact=["secret"], pool_min=1)
     found = pw.run(all_ways.options(run_id="all"), SECRET, {"inner": [SECRET]})
     handle = pw.start(fails.options(run_id="fails"), SECRET)
     with contextlib.suppress(Exception):
