@@ -95,7 +95,7 @@ def test_command_line_shows_values_with_the_key_and_none_without(told: tuple[Pat
     assert shown.exit_code == 0, shown.output
     assert f"Refused: refused {flows.SECRET}" in shown.output
     view = json.loads(invoke("runs", "show", "all", "--json", "--storage", root, codec="encrypted_flows:codec").output)
-    assert [(value["text"], value["redacted"]) for value in view["input"]][0] == ("[redacted]", True)  # by its name
+    assert (view["input"][0]["text"], view["input"][0]["redacted"]) == ("[redacted]", True)  # by its name
     assert flows.SECRET in view["input"][1]["text"]
     for command in (["runs", "show", "fails"], ["runs", "events", "all"], ["runs", "show", "all", "--json"]):
         hidden = invoke(*command, "--storage", root, codec=None)
