@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PACKAGES = ("ray", "pydantic", "duckdb", "pyarrow", "opentelemetry-sdk", "click", "rich", "cloudpickle")
 ANY_HOST = {"00000000", "00000000000000000000000000000000"}
 _LISTENS = "0A"  # in /proc/net/tcp
-_NOT_SETTINGS = {"PYWORKFLOW_RAY"}
+_NOT_SETTINGS = {"PYWORKFLOW_RAY", "PYWORKFLOW_CRYPTO_KEYS", "PYWORKFLOW_CRYPTO_KEYS_FILE"}
 
 
 @dataclass(frozen=True, slots=True)
