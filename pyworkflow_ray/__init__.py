@@ -40,6 +40,7 @@ _HOMES: dict[str, str] = {
     "RetryBudget": "pyworkflow_ray.budget",
     **dict.fromkeys(("BatchResult", "first_success"), "pyworkflow_ray.batch"),
     **dict.fromkeys(("HealthReport", "health"), "pyworkflow_ray.health"),
+    "watch": "pyworkflow_ray.watching",
     **dict.fromkeys(
         (
             "RunHandle",
@@ -147,6 +148,7 @@ __all__ = [
     "step",
     "uuid4",
     "wake",
+    "watch",
     "workflow",
 ]
 
@@ -198,6 +200,7 @@ if TYPE_CHECKING:
         wake,
     )
     from pyworkflow_ray.step import Step, step
+    from pyworkflow_ray.watching import watch
     from pyworkflow_ray.workflow import Workflow, workflow
 
 

@@ -112,6 +112,34 @@ class BatchResult(Generic[R]):
         types = ", ".join(f"{name} {count}" for name, count in self.by_type.items())
         return f"{len(self.failed)} of {done} items failed" + (f" ({types})" if types else "")
 
+    def _repr_html_(self) -> str:
+        from pyworkflow_ray.observability.lists import batch_html
+
+        return batch_html(*self._shown(traces=True))
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        from pyworkflow_ray.observability.lists import batch_text
+
+        printer.text(batch_text(*self._shown(traces=False)))
+
+    def _shown(self, *, traces: bool) -> tuple[Any, list[tuple[int, str, str]], int]:
+        import traceback
+
+        from pyworkflow_ray.observability.lists import FAILURES_SHOWN, batch_lines
+
+        lines = batch_lines(
+            len(self.results), len(self.failed), len(self.not_done), self.by_type, self.retried, self.stopped
+        )
+        failures = [
+            (
+                index,
+                "".join(traceback.format_exception_only(error)).partition("\n")[0],
+                "".join(traceback.format_exception(error)) if traces else "",
+            )
+            for index, error in self.failed[:FAILURES_SHOWN]
+        ]
+        return lines, failures, max(0, len(self.failed) - FAILURES_SHOWN)
+
     def __len__(self) -> int:
         return len(self.results)
 

@@ -84,6 +84,16 @@ class BreakerSnapshot:
     nodes: dict[str, str]
     settings: dict[str, Any]
 
+    def _repr_html_(self) -> str:
+        from pyworkflow_ray.observability.lists import breaker_html
+
+        return breaker_html(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        from pyworkflow_ray.observability.lists import breaker_text
+
+        printer.text(breaker_text(self))
+
 
 class CircuitBreaker:
     """Refuses calls to a service that keeps failing, until it has had time to recover.
@@ -240,6 +250,24 @@ class CircuitBreaker:
         name = repr(self._base._name) if self._base._name is not None else "name=None"
         settings = ", ".join(f"{option}={_shown(value)}" for option, value in self.settings.items())
         return f"CircuitBreaker({name}, {settings})" + ("" if self._key is None else f".key({self._key!r})")
+
+    def _repr_html_(self) -> str | None:
+        snapshot = self._snapshot_or_none()
+        return None if snapshot is None else snapshot._repr_html_()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        snapshot = self._snapshot_or_none()
+        if snapshot is None:
+            printer.text(repr(self))
+        else:
+            snapshot._repr_pretty_(printer, cycle)
+
+    def _snapshot_or_none(self) -> BreakerSnapshot | None:
+        """None where it has no name yet, or its actor does not answer: showing it must not fail."""
+        try:
+            return self.snapshot()
+        except Exception:
+            return None
 
     def key(self, key: str) -> CircuitBreaker:
         """The breaker of one key, such as a host: a state of its own, with this breaker's settings, in the same actor.

@@ -224,6 +224,16 @@ class RunHandle(Generic[R]):
     def __repr__(self) -> str:
         return f"<run {self.run_id}>"
 
+    def _repr_html_(self) -> str:
+        from pyworkflow_ray.watching import handle_html
+
+        return handle_html(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        from pyworkflow_ray.watching import handle_text
+
+        printer.text(handle_text(self))
+
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, RunHandle)

@@ -20,6 +20,7 @@ from pyworkflow_ray.durations import Duration, parse_duration
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.handle import POLL_S, RunHandle, RunStatus, created_of
 from pyworkflow_ray.ids import check_run_id
+from pyworkflow_ray.watching import RunList
 from pyworkflow_ray.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _start(given: list[tuple[Workflow[..., R], tuple[Any, ...], Mapping[str, Any
         )
         for flow, args, kwargs in given
     ]
-    handles: list[RunHandle[R]] = []
+    handles: RunList[R] = RunList()
     for answer in client.submit(events):
         if answer.error is not None:
             raise answer.error
@@ -215,7 +216,7 @@ def list_runs(
     found = page(storage, query, limit)
     for run_id, message in found.damaged.items():
         log.warning("run %s is left out of the list: %s", run_id, message)
-    return [RunHandle(row.run_id, storage) for row in found.rows]
+    return RunList(RunHandle(row.run_id, storage) for row in found.rows)
 
 
 def _before(storage: StoragePort, before: str | RunHandle[Any] | None) -> tuple[int, str] | None:
@@ -346,7 +347,7 @@ def recover(steal: bool = False) -> list[RunHandle[Any]]:
     if steal:
         raise ConfigurationError("recover(steal=True) is not available in this version")
     client = need_client(None)
-    return [RunHandle(run_id, client.storage) for run_id in client.call("recover", False)]
+    return RunList(RunHandle(run_id, client.storage) for run_id in client.call("recover", False))
 
 
 def sql(query: str) -> duckdb.DuckDBPyRelation:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ import click
 
 from pyworkflow_ray.durations import parse_duration
 from pyworkflow_ray.errors import ConfigurationError
+from pyworkflow_ray.observability.zone import LocalZone
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -84,25 +84,6 @@ def storage_root(given: StorageName | None) -> StorageName:
     from pyworkflow_ray.storage.directory import place_of
 
     return place_of(given or os.environ.get("PYWORKFLOW_STORAGE") or DEFAULT_STORAGE)
-
-
-class LocalZone(dt.tzinfo):
-    """The machine's time zone, summer time included, for instants in UTC."""
-
-    def fromutc(self, moment: dt.datetime) -> dt.datetime:
-        local = time.localtime(moment.replace(tzinfo=dt.UTC).timestamp())
-        return dt.datetime(
-            *local[:6], moment.microsecond, tzinfo=dt.timezone(dt.timedelta(seconds=local.tm_gmtoff), local.tm_zone)
-        )
-
-    def utcoffset(self, moment: dt.datetime | None) -> dt.timedelta:
-        return dt.timedelta(0)
-
-    def dst(self, moment: dt.datetime | None) -> dt.timedelta:
-        return dt.timedelta(0)
-
-    def tzname(self, moment: dt.datetime | None) -> str:
-        return time.tzname[0]
 
 
 def zone(utc: bool) -> dt.tzinfo:

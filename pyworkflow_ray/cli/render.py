@@ -10,10 +10,10 @@ from pyworkflow_ray.durations import format_duration
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.observability import text
 from pyworkflow_ray.observability.lines import started_line
+from pyworkflow_ray.observability.lists import LIST_COLUMNS, list_rows, total_line
 from pyworkflow_ray.observability.model import RunView, StepView
-from pyworkflow_ray.observability.words import clock, error_view, instant, payload_text, short_name
+from pyworkflow_ray.observability.words import clock, error_view, instant, payload_text
 
-LIST_COLUMNS = ("RUN", "WORKFLOW", "STATE", "STEP", "WHY", "NEXT", "AGE")
 EVENT_COLUMNS = ("SEQ", "TIME", "EVENT", "STEP", "DETAIL")
 FOLD_AFTER = 60  # steps: on a terminal the completed ones of a longer run are folded
 
@@ -23,21 +23,9 @@ def run_list(screen: Screen, views: list[RunView], *, more: bool = False) -> Non
     if not views:
         screen.line("no runs")
         return
-    rows = [
-        [
-            view.run_id,
-            short_name(view.workflow),
-            f"{glyph(view.state)} {view.row.state}",
-            view.row.step or "–",
-            " ".join(view.row.why.split()),
-            view.row.next,
-            format_duration(max(0.0, (view.now - view.created_at).total_seconds())).split()[0],
-        ]
-        for view in views
-    ]
-    screen.table(LIST_COLUMNS, rows, [view.state for view in views])
+    screen.table(LIST_COLUMNS, list_rows(views), [view.state for view in views])
     counts = Counter(view.state for view in views)
-    total = f"{len(views)} run{'s' if len(views) > 1 else ''}: " + ", ".join(f"{n} {s}" for s, n in counts.items())
+    total = total_line(views)
     if more:
         total += f" (older ones: --before {views[-1].run_id})"
     first = next((v for v in views if v.state not in ("completed", "cancelled")), views[0])

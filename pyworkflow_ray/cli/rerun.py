@@ -15,7 +15,7 @@ import click
 from pyworkflow_ray.cli import options as opt
 from pyworkflow_ray.cli import render
 from pyworkflow_ray.cli.reading import Filter, Reader, open_reader
-from pyworkflow_ray.cli.run import connected, follow, report, wait
+from pyworkflow_ray.cli.run import connected, follow, report, wait_all
 from pyworkflow_ray.cli.screen import Screen, error_line, note_line, to_json
 from pyworkflow_ray.errors import PyWorkflowError
 from pyworkflow_ray.observability.model import RunView
@@ -92,8 +92,7 @@ def rerun(
         if len(chosen) == 1 and started:
             ended = follow(started[0])
         else:
-            for handle in started:
-                wait(handle)
+            wait_all(started)
     if len(chosen) == 1 and started:
         return report(reader, started[0].run_id, as_json, ended)
     return _print_all(reader, [handle.run_id for handle in started], as_json) or int(bool(refused or damaged))

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -23,7 +23,7 @@ from pyworkflow_ray.errors import PyWorkflowError
 from pyworkflow_ray.ids import check_run_id, new_run_id
 from pyworkflow_ray.observability.words import short_name
 
-LOOK_S = 1.0  # how often a run that is waited for is asked whether it has paused
+LOOK_S = 0.5  # how often a run that is waited for is looked at: has it paused, what is it at
 CANCEL_WAIT_S = 5.0  # after Ctrl-C: the run's own clean-up gets so long
 
 
@@ -89,14 +89,40 @@ def follow(handle: Any) -> BaseException | None:
 
 
 def wait(handle: Any) -> BaseException | None:
-    """Until the run has ended, or pauses for a person; the exception that its result would raise."""
-    while True:
-        try:
-            error: BaseException | None = handle.exception(timeout=LOOK_S)
-            return error
-        except TimeoutError:
-            if handle.status() == "paused":
-                return None
+    """Until the run has ended, or pauses for a person; the exception that its result would raise.
+
+    Meanwhile stderr shows what the run is at: a block drawn over itself on a terminal, elsewhere news line by line.
+    """
+    from pyworkflow_ray.observability.live import Drawing
+    from pyworkflow_ray.watching import view_of
+
+    drawing = Drawing(sys.stderr)
+    try:
+        while True:
+            try:
+                error: BaseException | None = handle.exception(timeout=LOOK_S)
+                return error
+            except TimeoutError:
+                view = view_of(handle)
+                if view.status == "paused":
+                    return None
+                drawing.show([view])
+    finally:
+        drawing.clear()
+
+
+def wait_all(handles: Sequence[Any]) -> None:
+    """Until all have ended, or pause for a person, with their progress on stderr as `wait` shows it."""
+    from pyworkflow_ray.observability.live import Drawing
+    from pyworkflow_ray.watching import looks
+
+    drawing = Drawing(sys.stderr)
+    try:
+        for rest, ended in looks(handles, LOOK_S):
+            if rest:
+                drawing.show(rest, ended)
+    finally:
+        drawing.clear()
 
 
 def report(reader: Reader, run_id: str, as_json: bool, error: BaseException | None) -> int:
@@ -291,8 +317,7 @@ def recover(steal: bool, address: str | None, utc: bool, as_json: bool, storage_
     with connected(storage_path, address) as pw:
         handles = list(pw.recover(steal=True) if steal else pw.recover())
         note_line(f"{len(handles)} unfinished run{'' if len(handles) == 1 else 's'} taken up")
-        for handle in handles:
-            wait(handle)
+        wait_all(handles)
     return _print_recovered(reader, [handle.run_id for handle in handles], as_json)
 
 
