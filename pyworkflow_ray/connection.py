@@ -48,8 +48,8 @@ def init(storage: str | os.PathLike[str] | None = None, address: str | None = No
         storage: Directory of the runs, or the URL of a bucket (s3://bucket/prefix, also gs and az); None:
             `PYWORKFLOW_STORAGE`, else `~/.pyworkflow-ray`.
         address: As in Ray; None: `RAY_ADDRESS`, a running local cluster, else a new local one.
-        settings: log_level, allow_pickle, codec, redact, max_payload_bytes, pool_min, pool_max, worker_wait_max,
-            compact_after, compact_above, compact_failed_after, retain.
+        settings: log_level, log_format, allow_pickle, codec, redact, max_payload_bytes, pool_min, pool_max,
+            worker_wait_max, compact_after, compact_above, compact_failed_after, retain.
 
     Raises:
         ConfigurationError: a setting is wrong, the address is no cluster's, or others are in force: `shutdown()` first.
@@ -104,6 +104,7 @@ def _connect(ray_options: dict[str, Any] | None = None) -> Client:
         pool_max=_settings.pool_max,
         worker_wait_max_s=_settings.worker_wait_max,
         log_level=_settings.log_level,
+        log_format=_settings.log_format,
         compact_after_s=_settings.compact_after,
         compact_above_bytes=_settings.compact_above,
         compact_failed_after_s=_settings.compact_failed_after,

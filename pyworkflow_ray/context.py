@@ -19,6 +19,7 @@ from pyworkflow_ray.durations import Duration, parse_duration
 from pyworkflow_ray.engine.loop import current_workflow
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.execution.context import RunContext, StepContext, no_sleep, running_step
+from pyworkflow_ray.execution.log_records import place
 
 
 def current_step() -> StepContext:
@@ -125,24 +126,16 @@ def _in_event_loop() -> bool:
 
 
 class StepLogger(logging.LoggerAdapter[logging.Logger]):
-    """Adds `run`, `workflow`, `step` and `attempt` to each record, as attributes."""
+    """Adds `run`, `workflow`, `step`, `attempt`, `trace_id`, `span_id` and the run's `attributes` to each record."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        run, step = _run(), running_step()
-        if current_workflow() is not None:
-            step = None
-        place = {
-            "run": run.run_id if run is not None else None,
-            "workflow": run.workflow if run is not None else None,
-            "step": step.name if step is not None else None,
-            "attempt": step.attempt if step is not None else None,
-        }
-        kwargs["extra"] = {**place, **(kwargs.get("extra") or {})}
+        kwargs["extra"] = {**place(), **(kwargs.get("extra") or {})}
         return msg, kwargs
 
 
 def get_logger(name: str = "pyworkflow_ray.user") -> StepLogger:
-    """A logger whose records carry run, workflow, step and attempt; in a workflow a line appears once, not on replay.
+    """A logger whose records carry run, workflow, step, attempt, trace and the run's attributes; in a workflow a line
+    appears once, not on replay. In workers the records of all other loggers carry them too.
 
     Args:
         name: Of the stdlib logger that the records go to.

@@ -58,3 +58,19 @@ def span_id(run_uid: str, *parts: object) -> str:
 def trace_id(run_uid: str) -> str:
     """32 hexadecimal digits: the W3C trace id of a run."""
     return hashlib.sha256(f"trace\x1f{run_uid}".encode()).hexdigest()[:32]
+
+
+def run_span_id(run_uid: str, life: int = 0) -> str:
+    """16 hexadecimal digits: the root span of a run. `life`: of a failed run that was resumed, counted from 0."""
+    return span_id(run_uid, "run") if not life else span_id(run_uid, "run", life)
+
+
+def step_span_id(run_uid: str, position: str, life: int = 0) -> str:
+    """The span of a step: from its scheduling to its end, all attempts and waits within. `life`: as often as it was
+    begun anew by a resume."""
+    return span_id(run_uid, "step", position) if not life else span_id(run_uid, "step", position, life)
+
+
+def attempt_span_id(run_uid: str, position: str, epoch: int, dispatch: int, attempt: int) -> str:
+    """The span of one attempt: the current span of the code inside the step."""
+    return span_id(run_uid, "attempt", position, epoch, dispatch, attempt)

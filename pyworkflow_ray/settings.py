@@ -33,6 +33,9 @@ class Settings(BaseSettings):
         description="Directory that holds runs and checkpoints, or the URL of a bucket: s3://bucket/prefix",
     )
     log_level: LogLevel = Field(default="INFO", description="Level of our own log lines")
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines of workers: text for people, json for machines"
+    )
     allow_pickle: bool = Field(default=True, description="False refuses pickled values, on write and on read")
     codec: str | None = Field(
         default=None,

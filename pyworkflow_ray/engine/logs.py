@@ -7,6 +7,7 @@ handlers it has: `logging.Logger.handle`. Outside of a workflow it does nothing 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from pyworkflow_ray.engine.loop import current_workflow
 
@@ -16,10 +17,17 @@ _original = logging.Logger.handle
 def _handle(self: logging.Logger, record: logging.LogRecord) -> None:
     loop = current_workflow()
     if loop is None or not (loop.replaying or loop.evicted):
+        if _enrich is not None:
+            _enrich(record)
         _original(self, record)
 
 
-def filter_replayed_lines() -> None:
-    """Install the filter, once a process."""
+_enrich: Callable[[logging.LogRecord], None] | None = None
+
+
+def filter_replayed_lines(enrich: Callable[[logging.LogRecord], None] | None = None) -> None:
+    """Install the filter, once a process. `enrich` is given each record that passes, before any handler."""
+    global _enrich
+    _enrich = enrich or _enrich
     if logging.Logger.handle is not _handle:
         logging.Logger.handle = _handle  # type: ignore[method-assign]

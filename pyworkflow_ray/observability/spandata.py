@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pyworkflow_ray.ids import span_id
+from pyworkflow_ray.ids import attempt_span_id as attempt_span_id
+from pyworkflow_ray.ids import run_span_id as run_span_id
+from pyworkflow_ray.ids import step_span_id as step_span_id
 
 SpanStatus = Literal["unset", "ok", "error"]
 SpanEvent = tuple[str, int, dict[str, Any]]  # name, time, attributes
@@ -66,22 +68,3 @@ def plain_attributes(given: Mapping[str, Any], prefix: str = "") -> dict[str, An
         for name, value in given.items()
         if value is not None
     }
-
-
-# Ids: derived, so that every process gives the same span the same one -----------------------------------------------
-
-
-def run_span_id(run_uid: str, life: int = 0) -> str:
-    """16 hexadecimal digits: the root span of a run. `life`: of a failed run that was resumed, counted from 0."""
-    return span_id(run_uid, "run") if not life else span_id(run_uid, "run", life)
-
-
-def step_span_id(run_uid: str, position: str, life: int = 0) -> str:
-    """The span of a step: from its scheduling to its end, all attempts and waits within. `life`: as often as it was
-    begun anew by a resume."""
-    return span_id(run_uid, "step", position) if not life else span_id(run_uid, "step", position, life)
-
-
-def attempt_span_id(run_uid: str, position: str, epoch: int, dispatch: int, attempt: int) -> str:
-    """The span of one attempt: the current span of the code inside the step."""
-    return span_id(run_uid, "attempt", position, epoch, dispatch, attempt)

@@ -31,6 +31,7 @@ from pyworkflow_ray.engine.events import (
 )
 from pyworkflow_ray.errors import FencedError, StorageError
 from pyworkflow_ray.execution.hooks import run_has_failed
+from pyworkflow_ray.observability.narrate import Narrator
 from pyworkflow_ray.runtime.messages import Assignment, RunReport
 from pyworkflow_ray.storage.port import JournalPort
 
@@ -73,6 +74,7 @@ class ActiveRun:
         self._executor = executor
         self._worker, self._node = who
         self._appends: deque[Future[int]] = deque()  # not durable yet, in order
+        self._narrator = Narrator(self.created, log)
         self._commits: list[float] | None = [] if measure else None  # seconds that commits took
         self._driver: Driver | None = None
         self._codec: Codec | None = None
@@ -227,6 +229,8 @@ class ActiveRun:
     def _carry_out(self, driver: Driver, effect: Effect) -> None:
         match effect:
             case Append(events):
+                for event in events:
+                    self._narrator.tell(event)
                 append = self._journal.append(list(events)) if self._commits is None else self._timed(events)
                 self._appends.append(append)
                 if not append.done():  # a bucket: what waits for it comes out by `confirm_locked`

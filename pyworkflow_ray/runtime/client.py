@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray import exceptions as rx
@@ -193,6 +193,7 @@ def connect(
     pool_max: int | None = None,
     worker_wait_max_s: float = 1.0,
     log_level: str = "INFO",
+    log_format: Literal["text", "json"] = "text",
     compact_after_s: float = 3600.0,
     compact_above_bytes: int = 256 * 2**20,
     compact_failed_after_s: float | None = None,
@@ -220,6 +221,7 @@ def connect(
             pool_max=pool_max,
             worker_wait_max_s=worker_wait_max_s,
             log_level=log_level,
+            log_format=log_format,
             embedded=owns_ray,
             compact_after_s=compact_after_s,
             compact_above_bytes=compact_above_bytes,

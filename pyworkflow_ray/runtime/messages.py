@@ -46,6 +46,7 @@ class RuntimeConfig:
     pool_max: int | None = None
     worker_wait_max_s: float = 1.0
     log_level: str = "INFO"
+    log_format: Literal["text", "json"] = "text"
     embedded: bool = True
     compact_after_s: float = 3600.0
     compact_above_bytes: int = 256 * 2**20

@@ -14,8 +14,11 @@ from typing import Any
 
 from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.engine.events import CodeRef, ErrorInfo, Kind
+from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.execution.code import load_step, load_workflow
 from pyworkflow_ray.execution.definitions import StepDefinition, WorkflowDefinition
+from pyworkflow_ray.execution.log_records import enrich
+from pyworkflow_ray.observability.log_format import LogFormat, make_formatter
 from pyworkflow_ray.runtime import budget_actor  # noqa: F401  brings the cluster's retry budgets into this process
 from pyworkflow_ray.runtime.breaker_actor import guard_for, keep_in
 from pyworkflow_ray.runtime.messages import RuntimeConfig
@@ -24,8 +27,6 @@ from pyworkflow_ray.runtime.telemetry import enter_telemetry
 from pyworkflow_ray.storage.codec import StorageCodec
 from pyworkflow_ray.storage.codec_mark import check_mark, load_hook
 from pyworkflow_ray.storage.port import StoragePort, open_storage
-
-OUR_PREFIX = "pyworkflow_ray "
 
 
 class Process:
@@ -101,20 +102,23 @@ def enter_process(config: RuntimeConfig) -> Process:
         found = _processes.get(config)
         if found is None:
             enter_telemetry(config)
-            set_log_level(config.log_level)
+            set_log_level(config.log_level, config.log_format)
+            if in_worker():
+                filter_replayed_lines(enrich)
             found = _processes[config] = Process(config)
         return found
 
 
-def set_log_level(level: str) -> None:
-    """Our loggers' level; in an actor or worker of ours also a handler whose lines the driver lets through."""
+def set_log_level(level: str, log_format: LogFormat = "text") -> None:
+    """Our loggers' level; in an actor or worker of ours also a handler for all loggers, where there is none: its lines
+    tell run and step, and the driver lets ours through."""
     logger = logging.getLogger("pyworkflow_ray")
     logger.setLevel(level)
     if in_worker() and not logger.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"{OUR_PREFIX}%(levelname)s: %(message)s"))
+        handler.setFormatter(make_formatter(log_format))
         handler.addFilter(_is_no_exit)
-        logger.addHandler(handler)
+        logging.getLogger().addHandler(handler)
 
 
 def _is_no_exit(record: logging.LogRecord) -> bool:

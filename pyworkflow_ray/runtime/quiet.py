@@ -13,6 +13,8 @@ import logging
 import re
 from typing import Any
 
+from pyworkflow_ray.observability.log_format import is_our_line
+
 _log = logging.getLogger("pyworkflow_ray.ray")
 
 # Native stack traces and death notes of a Ray process.
@@ -47,7 +49,7 @@ def quiet_ray() -> None:
 def _is_noise(data: dict[str, Any], line: str) -> bool:
     noise = data.get("pid") == "raylet" or _NOISE.search(line) is not None
     if not noise and data.get("is_err") and str(data.get("actor_name") or "").startswith(_OURS):
-        noise = not line.startswith("pyworkflow_ray ")
+        noise = not is_our_line(line)
     if noise:
         _log.debug("%s", line)
     return noise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -34,6 +35,7 @@ def start_runs(storage: Path, folder: Path, receiver: Receiver, count: int, port
         OTEL_EXPORTER_OTLP_ENDPOINT=receiver.endpoint,
         OTEL_EXPORTER_OTLP_HEADERS="x-team=shop",
         OTEL_SERVICE_NAME="shop",
+        PYWORKFLOW_LOG_FORMAT="json",
         OTEL_RESOURCE_ATTRIBUTES="deployment.environment.name=test",
         OTEL_METRICS_EXPORTER="prometheus",
         OTEL_EXPORTER_PROMETHEUS_HOST="127.0.0.1",
@@ -77,12 +79,14 @@ def test_no_span_is_lost_none_comes_twice_and_none_is_an_orphan(ray_cluster: Non
             worker = int(trace_flows.lines(own, trace_flows.GATED)[0].split()[0])
             kill(worker if number % 2 else owner)
             until(lambda own=own: len(trace_flows.lines(own, trace_flows.GATED)) > 1, "another executes the step")
-            for observer in observers(root)[: number % 2]:
-                kill(observer)
-            (folder / str(number) / "gate").touch()
         runs = [f"traced-{number}" for number in range(RUNS)]
-        until(lambda: all(storage.read_run(run_id).finished for run_id in runs), "the runs have ended")
         state = State(storage.root)
+        until(lambda: all(is_sent(state, storage, run_id) for run_id in runs), "what there is was sent")
+        (observer,) = observers(root)  # between two batches: within one it would be sent again, with the same ids
+        kill(observer)
+        for number in range(RUNS):
+            (folder / str(number) / "gate").touch()
+        until(lambda: all(storage.read_run(run_id).finished for run_id in runs), "the runs have ended")
         until(lambda: set(runs) <= state.done() and not state.places_of_done(), "all is told")
         until(
             lambda: user_spans(receiver, trace_id) >= RUNS * trace_flows.STEPS * 2 + 2 * RUNS, "users' spans are there"
@@ -95,8 +99,35 @@ def test_no_span_is_lost_none_comes_twice_and_none_is_an_orphan(ray_cluster: Non
         assert [s.name for s in spans if s.parent_id not in ids and s.parent_id != caller] == []
         assert sum(span.parent_id == caller for span in spans) == RUNS
         check_what_was_told(receiver, storage, folder, ids, runs)
+        check_logs(runs, trace_id, ids)
         until(lambda: 'pyworkflow_breaker="traced-pay"' in scrape(port), "the breaker is seen")
         until(lambda: "pyworkflow_journal_commit_duration_seconds_count" in scrape(port), "commits are measured")
+
+
+def log_lines() -> list[dict]:
+    """What workers of this session have logged as JSON."""
+    import ray
+
+    logs = Path(ray._private.worker.global_worker.node.get_session_dir_path()) / "logs"
+    text = "".join(path.read_text(errors="replace") for path in logs.glob("worker-*.err"))
+    found = [json.loads(line) for line in text.splitlines() if line.startswith('{"time"')]
+    return sorted(found, key=lambda line: line["time"])
+
+
+def check_logs(runs: list[str], trace_id: str, ids: dict) -> None:
+    found = log_lines()
+    for run_id in runs:
+        mine = [line for line in found if line.get("run") == run_id]
+        body = [line["message"] for line in mine if line["message"].startswith("body")]
+        assert body == ["body begins", *(f"body is past {n}" for n in range(trace_flows.STEPS))], "a line came twice"
+        assert {line["trace_id"] for line in mine} == {trace_id}
+        begins = [line for line in mine if line["message"] == "step 4 begins"]
+        assert [(line["step"].rpartition(":")[2], line["attempt"], line["logger"]) for line in begins] == [
+            ("work", 1, "shop")
+        ]
+        assert begins[0]["span_id"] in ids
+        failed = [line for line in mine if "ConnectionError: once" in line["message"]]
+        assert [(line["level"], line["attempt"]) for line in failed] == [("INFO", 1)]
 
 
 def free_port() -> int:
@@ -108,6 +139,10 @@ def free_port() -> int:
 def scrape(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         return str(answer.read().decode())
+
+
+def is_sent(state: State, storage: Storage, run_id: str) -> bool:
+    return state.cursor(run_id)[1] == len(storage.read_run(run_id).events)
 
 
 def user_spans(receiver: Receiver, trace_id: str) -> int:

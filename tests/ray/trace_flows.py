@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -23,6 +24,7 @@ breaker = pw.CircuitBreaker("traced-pay", failure_threshold=100)
 @pw.step(max_retries=3, retry_delay=0.01, breaker=breaker)
 def work(number: int, folder: str) -> int:
     before = len(lines(folder, number))
+    logging.getLogger("shop").warning("step %d begins", number)
     with tracer.start_as_current_span(f"outer {number}"):
         with tracer.start_as_current_span(f"inner {number}"):
             note(folder, number)
@@ -51,8 +53,10 @@ def lines(folder: str, number: int) -> list[str]:
 @pw.workflow(name="traced")
 async def traced(folder: str) -> int:
     total = 0
+    pw.get_logger().info("body begins")
     for number in range(STEPS):
         total += await work(number, folder)
+        logging.getLogger("shop").warning("body is past %d", number)
         if number == DIES:
             await pw.sleep(1.1)  # long enough to be parked
     return total

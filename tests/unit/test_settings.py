@@ -23,6 +23,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert settings.model_dump() == {
         "storage": tmp_path / ".pyworkflow-ray",
         "log_level": "INFO",
+        "log_format": "text",
         "allow_pickle": True,
         "codec": None,
         "redact": (),
