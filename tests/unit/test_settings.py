@@ -57,6 +57,7 @@ def test_argument_wins_over_environment_and_each_source_is_told(
     assert setting_sources(storage=tmp_path, pool_max=4) == {
         "storage": "argument",
         "log_level": "PYWORKFLOW_LOG_LEVEL",
+        "log_format": "default",
         "allow_pickle": "PYWORKFLOW_ALLOW_PICKLE",
         "codec": "default",
         "redact": "default",
