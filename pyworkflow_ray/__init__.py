@@ -32,6 +32,8 @@ _HOMES: dict[str, str] = {
     "Workflow": "pyworkflow_ray.workflow",
     "resource": "pyworkflow_ray.execution.resource",
     "classify": "pyworkflow_ray.resilience.taxonomy",
+    "Alert": "pyworkflow_ray.execution.alerts",
+    "on_alert": "pyworkflow_ray.execution.alerts",
     "on_breaker_open": "pyworkflow_ray.execution.hooks",
     "on_retry": "pyworkflow_ray.execution.hooks",
     "on_run_failed": "pyworkflow_ray.execution.hooks",
@@ -92,6 +94,7 @@ _HOMES: dict[str, str] = {
 }
 
 __all__ = [
+    "Alert",
     "BatchResult",
     "CircuitBreaker",
     "CircuitOpenError",
@@ -128,6 +131,7 @@ __all__ = [
     "init",
     "list_runs",
     "now",
+    "on_alert",
     "on_breaker_open",
     "on_retry",
     "on_run_failed",
@@ -176,6 +180,7 @@ if TYPE_CHECKING:
         StepTimeoutError,
         StorageError,
     )
+    from pyworkflow_ray.execution.alerts import Alert, on_alert
     from pyworkflow_ray.execution.hooks import on_breaker_open, on_retry, on_run_failed
     from pyworkflow_ray.execution.resource import resource
     from pyworkflow_ray.health import HealthReport, health

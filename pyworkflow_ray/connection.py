@@ -49,7 +49,8 @@ def init(storage: str | os.PathLike[str] | None = None, address: str | None = No
             `PYWORKFLOW_STORAGE`, else `~/.pyworkflow-ray`.
         address: As in Ray; None: `RAY_ADDRESS`, a running local cluster, else a new local one.
         settings: log_level, log_format, allow_pickle, codec, redact, max_payload_bytes, pool_min, pool_max,
-            worker_wait_max, compact_after, compact_above, compact_failed_after, retain.
+            worker_wait_max, compact_after, compact_above, compact_failed_after, retain, alert_webhook,
+            alert_struggling_after.
 
     Raises:
         ConfigurationError: a setting is wrong, the address is no cluster's, or others are in force: `shutdown()` first.
@@ -109,6 +110,8 @@ def _connect(ray_options: dict[str, Any] | None = None) -> Client:
         compact_above_bytes=_settings.compact_above,
         compact_failed_after_s=_settings.compact_failed_after,
         retain=_settings.retain,
+        alert_webhook=_settings.alert_webhook and _settings.alert_webhook.get_secret_value(),
+        alert_struggling_after=_settings.alert_struggling_after,
         ray_options=ray_options,
     )
     if client.owns_ray:

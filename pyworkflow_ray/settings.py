@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pyworkflow_ray.durations import parse_duration
@@ -71,6 +71,15 @@ class Settings(BaseSettings):
         description="How long runs are kept after their end, by status: completed=30d,failed=90d. Others: for ever",
     )
 
+    alert_webhook: SecretStr | None = Field(
+        default=None, description="URL that alerts are posted to as JSON; its path may hold a secret and is never shown"
+    )
+    alert_struggling_after: int = Field(
+        default=3,
+        ge=1,
+        description="A run is struggling when a step has failed so often, or its owner was lost so often",
+    )
+
     @field_validator("storage", mode="plain")
     @classmethod
     def _place(cls, value: Any) -> Path | str:
@@ -79,6 +88,13 @@ class Settings(BaseSettings):
         if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
             raise ValueError("a path, or a URL such as s3://bucket/prefix")
         return place_of(value)
+
+    @field_validator("alert_webhook", mode="after")
+    @classmethod
+    def _url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("http://", "https://")):
+            raise ValueError("give an URL that begins with http:// or https://")
+        return value
 
     @field_validator("codec", mode="before")
     @classmethod

@@ -35,7 +35,7 @@ from pyworkflow_ray.execution.environment import python_version
 
 log = logging.getLogger("pyworkflow_ray.hooks")
 
-Event = Literal["retry", "run_failed", "breaker_open"]
+Event = Literal["retry", "run_failed", "breaker_open", "alert"]
 F = TypeVar("F", bound=Callable[[Any], Any])
 
 
@@ -160,9 +160,19 @@ def run_has_failed(created: RunCreated, event: RunFailed, codec: Codec) -> None:
             log.exception("a hook raised, which changes nothing: %r at the failure of run %s", hook, created.run_id)
 
 
+def register_hook(event: Event, hook: F) -> F:
+    """For the other modules that let users register functions."""
+    return _register(event, hook)
+
+
+def load_hooks(refs: list[CodeRef], decode: Callable[[Payload], Any]) -> list[Callable[[Any], Any]]:
+    """The functions; one that can't be loaded here is logged and left out."""
+    return _loaded(refs, decode)
+
+
 # Inside -----------------------------------------------------------------------------------------------------------
 
-_own: dict[str, list[Callable[[Any], Any]]] = {"retry": [], "run_failed": [], "breaker_open": []}
+_own: dict[str, list[Callable[[Any], Any]]] = {"retry": [], "run_failed": [], "breaker_open": [], "alert": []}
 _adopted: dict[str, list[Callable[[Any], Any]]] = {}  # of the run that this process works for
 _lock = threading.Lock()
 _refs: dict[int, tuple[Callable[[Any], Any], CodeRef]] = {}  # by id; holds the hook, so that the id stays its

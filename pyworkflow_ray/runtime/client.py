@@ -198,6 +198,8 @@ def connect(
     compact_above_bytes: int = 256 * 2**20,
     compact_failed_after_s: float | None = None,
     retain: Mapping[str, float] | None = None,
+    alert_webhook: str | None = None,
+    alert_struggling_after: int = 3,
     ray_options: dict[str, Any] | None = None,
 ) -> Client:
     """The client of this process, made at the first call: Ray found or started, controller and anchor found or made."""
@@ -228,6 +230,8 @@ def connect(
             compact_failed_after_s=compact_failed_after_s,
             retain=tuple(sorted((retain or {}).items())),
             telemetry=travelling(os.environ),
+            alert_webhook=alert_webhook,
+            alert_struggling_after=alert_struggling_after,
         )
         environment = capture(opened)
         if codec is not None:

@@ -101,6 +101,8 @@ class Controller(Dispatcher):
                 if not pool.held:
                     raise StorageError("no anchor holds the lease: is Ray out of resources?", path=self.storage.root)
         self._forget_removed(events)
+        if any(event.hooks.get("alert") for event in events):
+            self.observer.called()
         made = self.storage.create_runs(events, lease=lease.id)
         answers = [
             Submitted(event.run_id, "created", event.run_uid) if new else self._existing(event)

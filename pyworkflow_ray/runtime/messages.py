@@ -53,6 +53,8 @@ class RuntimeConfig:
     compact_failed_after_s: float | None = None
     retain: tuple[tuple[str, float], ...] = ()
     telemetry: tuple[tuple[str, str], ...] = ()
+    alert_webhook: str | None = None
+    alert_struggling_after: int = 3
 
 
 @dataclass(slots=True)

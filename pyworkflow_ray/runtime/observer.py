@@ -20,6 +20,7 @@ from typing import Any
 
 from pyworkflow_ray.observability.otel_settings import signals
 from pyworkflow_ray.runtime.messages import RuntimeConfig
+from pyworkflow_ray.runtime.observer_state import CALLBACKS
 
 log = logging.getLogger("pyworkflow_ray.controller")
 
@@ -33,7 +34,10 @@ _CHILD = "import os; os.nice(10); from pyworkflow_ray.runtime.observing import m
 
 def is_wanted(config: RuntimeConfig) -> bool:
     """Whether anything is to be observed of this storage."""
-    return "://" not in config.storage and bool(signals(dict(config.telemetry)))
+    if "://" in config.storage:
+        return False
+    called = os.path.exists(os.path.join(config.storage, CALLBACKS))  # a run of an earlier controller has callbacks
+    return called or config.alert_webhook is not None or bool(signals(dict(config.telemetry)))
 
 
 class ObserverProcess:
@@ -62,6 +66,16 @@ class ObserverProcess:
             if self._thread is None and not self._ending.is_set():
                 self._thread = threading.Thread(target=self._loop, name="observer", daemon=True)
                 self._thread.start()
+
+    def called(self) -> None:
+        """Runs have callbacks for alerts: have the process, now and after a restart."""
+        if "://" in self._config.storage:
+            return
+        path = os.path.join(self._config.storage, CALLBACKS)
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            Path(path).touch()
+        self.start()
 
     def tell(self, *run_ids: str) -> None:
         """Something happened to these runs."""
@@ -98,7 +112,12 @@ class ObserverProcess:
 
     def _feed(self, child: subprocess.Popen[str]) -> None:
         assert child.stdin is not None
-        about = {"storage": self._config.storage, "telemetry": dict(self._config.telemetry)}
+        about = {
+            "storage": self._config.storage,
+            "telemetry": dict(self._config.telemetry),
+            "webhook": self._config.alert_webhook,
+            "struggling_after": self._config.alert_struggling_after,
+        }
         with contextlib.suppress(BrokenPipeError):
             child.stdin.write(json.dumps(about) + "\n")
             child.stdin.flush()

@@ -20,13 +20,14 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 log = logging.getLogger("pyworkflow_ray.observer")
 
 DIRECTORY = "observer"
 FILE = "observer/state.sqlite"
 LOCK = "observer/lock"
+CALLBACKS = "observer/callbacks"  # is there where runs have callbacks for alerts
 
 _SCHEMA = """
 create table if not exists runs (run_id text primary key, seen integer not null default 0,
@@ -202,7 +203,13 @@ class State:
         with self._writing() as db:
             db.execute("insert or replace into meta values (?, ?)", (name, value))
 
-    def recall(self, name: str) -> str | None:
+    @overload
+    def recall(self, name: str) -> str | None: ...
+
+    @overload
+    def recall(self, name: str, default: str) -> str: ...
+
+    def recall(self, name: str, default: str | None = None) -> str | None:
         with self._lock:
             row = self._db.execute("select value from meta where name=?", (name,)).fetchone()
-        return None if row is None else str(row[0])
+        return default if row is None else str(row[0])

@@ -24,12 +24,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.errors import CorruptJournalError, RunNotFoundError, StorageError
+from pyworkflow_ray.observability.alerts import STRUGGLING_AFTER, AlertFold, breaker_opened
 from pyworkflow_ray.observability.current import SPOOL, is_sampled, read_spool
 from pyworkflow_ray.observability.measures import Measure, MeasureFold
 from pyworkflow_ray.observability.otel_settings import signals
@@ -37,8 +38,11 @@ from pyworkflow_ray.observability.spandata import SpanData
 from pyworkflow_ray.observability.trace import TraceFold
 from pyworkflow_ray.observability.trace_gaps import untold_attempts
 from pyworkflow_ray.observability.words import short_name
+from pyworkflow_ray.runtime.alerts import CALLBACK, WEBHOOK, Deliverer
 from pyworkflow_ray.runtime.observer_state import LOCK, State
 from pyworkflow_ray.runtime.span_sender import Sender, Unit
+from pyworkflow_ray.storage.breaker_states import DIRECTORY as BREAKERS
+from pyworkflow_ray.storage.breaker_states import kept_breakers
 from pyworkflow_ray.storage.storage import Storage
 
 if TYPE_CHECKING:
@@ -48,6 +52,7 @@ log = logging.getLogger("pyworkflow_ray.observer")
 
 GATHER_S = 0.1
 PERIOD_S = 5.0
+LOOK_S = 1.0  # between two looks at the breakers
 LAST_WORDS_S = 5.0  # after the controller is gone, for what is left to be sent
 _SELDOM = 20  # a read is repeated after so many times as long as it took
 _MOST_WAITING = 20_000  # spans that wait to be sent; beyond it they wait in the logs
@@ -64,16 +69,33 @@ class Followed:
     finished: bool = False
     sampled: bool = True
     measures: MeasureFold | None = None
+    alerts: AlertFold | None = None
+    sinks: tuple[str, ...] = ()
+    found: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
 
 
 class Observer:
     """See the module. `pass_` is called by one thread."""
 
-    def __init__(self, storage: Storage, state: State, sender: Sender | None, meters: Meters | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        state: State,
+        sender: Sender | None,
+        meters: Meters | None = None,
+        *,
+        webhook: str | None = None,
+        struggling_after: int = STRUGGLING_AFTER,
+    ) -> None:
         self._storage = storage
         self._state = state
         self._sender = sender
         self._meters = meters
+        self._webhook = webhook is not None
+        self._struggling_after = struggling_after
+        self._breakers: dict[str, int] = {}
+        self._breakers_at: Any = None
+        self.deliverer = Deliverer(state, storage.root, webhook)
         self._runs: dict[str, Followed] = {}
         self._damaged: set[str] = set()
         self._spools: dict[str, int] = {}
@@ -145,6 +167,7 @@ class Observer:
             followed.trace = TraceFold(created)
             followed.sampled = is_sampled(created.trace_id, created.traceparent)
             followed.seen = 1
+            self._alert_of(followed, created)
             if self._meters is not None:
                 followed.measures = MeasureFold(created)
                 self._measure(followed.measures, fresh=not seen)
@@ -167,6 +190,49 @@ class Observer:
         if followed.measures is not None:
             followed.measures.apply(event)
             self._measure(followed.measures, fresh=fresh)
+        if followed.alerts is not None:
+            followed.alerts.apply(event)
+            found = followed.alerts.take()
+            if fresh:
+                followed.found += [(body["id"], sink, body) for body in found for sink in followed.sinks]
+
+    def _alert_of(self, followed: Followed, created: ev.RunCreated) -> None:
+        called = bool(created.hooks.get("alert"))
+        if (
+            called and self._state.recall("callback_at", "0") < f"{created.at:020.6f}"
+        ):  # breakers' alerts go to the last
+            self._state.remember("callback_run", created.run_id)
+            self._state.remember("callback_at", f"{created.at:020.6f}")
+        followed.sinks = (*((WEBHOOK,) if self._webhook else ()), *((CALLBACK,) if called else ()))
+        if followed.sinks:
+            followed.alerts = AlertFold(created, self._struggling_after)
+
+    def look_at_breakers(self) -> None:
+        """Which have opened since the last look, by the states that are kept of them."""
+        sinks = (*((WEBHOOK,) if self._webhook else ()), *((CALLBACK,) if self._state.recall("callback_run") else ()))
+        directory = os.path.join(self._storage.root, BREAKERS)
+        if not sinks or not os.path.isdir(directory):
+            return
+        changed = os.stat(directory).st_mtime_ns
+        if changed == self._breakers_at:
+            return
+        for name, states, at in kept_breakers(self._storage.root):
+            for key, state in states:
+                self._look_at_breaker(name, key, state, at, sinks)
+        self._breakers_at = changed
+
+    def _look_at_breaker(
+        self, name: str, key: str | None, state: dict[str, Any], at: float, sinks: tuple[str, ...]
+    ) -> None:
+        mark, generation = f"breaker {name}\x1f{key or ''}", int(state["generation"])
+        known = self._breakers.setdefault(mark, int(self._state.recall(mark, "-1")))
+        if state["state"] == "open" and generation > known:
+            body = breaker_opened(name, key, generation, str(state["reason"]), at)
+            self._state.enqueue([(body["id"], sink, body) for sink in sinks])
+            self.deliverer.look()
+        if generation != known:
+            self._state.remember(mark, str(generation))
+            self._breakers[mark] = generation
 
     def _measure(self, fold: MeasureFold, *, fresh: bool) -> None:
         measures = fold.take()
@@ -198,7 +264,10 @@ class Observer:
         self._meters.show("pyworkflow.alert.waiting", [(self._state.waiting_alerts(), {})])
 
     def _saw(self, run_id: str, followed: Followed) -> None:
-        self._state.saw([(run_id, followed.seen)])
+        found, followed.found = followed.found, []
+        self._state.saw([(run_id, followed.seen)], found)
+        if found:
+            self.deliverer.look()
 
     def _ended(self, run_id: str) -> None:
         self.read_spools()  # what its steps wrote was there before its end
@@ -257,6 +326,7 @@ class Observer:
         """The controller is gone: tell what is left."""
         self.look(set(self._storage.unfinished()) | set(self._runs), at_once=True)
         self.read_spools()
+        self.look_at_breakers()
         if self._sender is not None:
             self._sender.flush(LAST_WORDS_S)
             self._fill_gaps()
@@ -264,6 +334,7 @@ class Observer:
         if self._meters is not None:
             self.show_gauges()
             self._meters.flush(LAST_WORDS_S)
+        self.deliverer.flush(LAST_WORDS_S)
 
 
 def hold_lock(root: str) -> int:
@@ -280,7 +351,7 @@ def follow(observer: Observer, lines: queue.SimpleQueue[dict[str, Any] | None]) 
     next_round = time.monotonic()
     while True:
         touched: set[str] = set()
-        wait_s = max(0.0, next_round - time.monotonic())
+        wait_s = min(LOOK_S, max(0.0, next_round - time.monotonic()))
         until = None
         ended = False
         while True:
@@ -301,6 +372,7 @@ def follow(observer: Observer, lines: queue.SimpleQueue[dict[str, Any] | None]) 
         if time.monotonic() >= next_round:
             observer.all_unfinished()
             next_round = time.monotonic() + observer.period_s
+        observer.look_at_breakers()
         observer.show_gauges()
 
 
@@ -332,7 +404,14 @@ def main() -> None:
     state = State(storage.root)
     asked = signals(os.environ)
     sender = Sender(state, asked.traces) if asked.traces else None
-    observer = Observer(storage, state, sender, _meters(asked.metrics))
+    observer = Observer(
+        storage,
+        state,
+        sender,
+        _meters(asked.metrics),
+        webhook=given.get("webhook"),
+        struggling_after=given.get("struggling_after", STRUGGLING_AFTER),
+    )
     try:
         observer.begin()
         follow(observer, lines)

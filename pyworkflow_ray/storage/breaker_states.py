@@ -49,6 +49,23 @@ def decode_states(name: str, data: bytes, path: str) -> tuple[States, float]:
     return [(key, dict(state)) for key, state in content["states"]], float(content["saved_at"])
 
 
+def kept_breakers(root: str, disk: Disk | None = None) -> list[tuple[str, States, float]]:
+    """Every breaker of the storage: its name, its states and when they were kept. What can't be read is left out; its
+    holder says so."""
+    disk, directory = disk or Disk(), os.path.join(root, DIRECTORY)
+    found = []
+    for file in sorted(disk.listdir(directory)) if disk.exists(directory) else ():
+        if file.endswith(".json"):
+            path = os.path.join(directory, file)
+            try:
+                content = decode_checked(f"{DIRECTORY}/{file}", disk.read(path), path)
+                states, at = decode_states(str(content["name"]), disk.read(path), path)
+            except (CorruptJournalError, OSError, KeyError, TypeError, ValueError):
+                continue
+            found.append((str(content["name"]), states, at))
+    return found
+
+
 class BreakerStates:
     """The states of one breaker in one storage."""
 

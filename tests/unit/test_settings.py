@@ -35,6 +35,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "compact_above": 256 * 2**20,
         "compact_failed_after": None,
         "retain": {},
+        "alert_webhook": None,
+        "alert_struggling_after": 3,
     }
     assert set(setting_sources().values()) == {"default"}
 
@@ -69,6 +71,8 @@ def test_argument_wins_over_environment_and_each_source_is_told(
         "compact_above": "default",
         "compact_failed_after": "default",
         "retain": "default",
+        "alert_webhook": "default",
+        "alert_struggling_after": "default",
     }
 
 

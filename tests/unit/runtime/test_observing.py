@@ -61,7 +61,7 @@ class Run:
         created = ev.RunCreated(
             seq=0, at=START, run_id=run_id, run_uid=f"u-{run_id}", storage_id=storage.storage_id,
             workflow="shop:checkout", code=ev.CodeRef(how="import", name="checkout"),
-            environment=ev.CodeEnvironment(key="k", python="3.11"), **fields,
+            **{"environment": ev.CodeEnvironment(key="k", python="3.11"), **fields},
         )  # fmt: skip
         storage.create_run(created, lease="l1")
         self.journal, _ = storage.activate(run_id, "l1", first=True)
