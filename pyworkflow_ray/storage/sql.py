@@ -63,6 +63,7 @@ _MASKED: Final = (
     "case when contains(data::varchar, '\"redacted\":true') "
     "then json_object('type', type, 'redacted', true) else data end"
 )
+_UNNAMED: Final = "the view {0} was not built: let its name stand in the SQL, as in: -- {0}"
 _LOCKS: Final = ("SET enable_external_access = false", "SET lock_configuration = true")
 _TRIES: Final = 20
 
@@ -90,8 +91,7 @@ def _ask(storage: StoragePort, sql: str) -> tuple[CheckedFiles | None, duckdb.Du
         ):
             raise ConfigurationError("sql takes one query: SELECT, WITH, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN")
         connection.execute("; ".join(_SETTINGS))
-        # A name can't be used without standing in the text: what is not named need not be built.
-        wanted = [name for name in TABLES if name in sql.lower()]
+        wanted = _named(sql)
         live, compacted, files = _snapshot(storage, wanted)
         with _naming_damage(files):
             _make_views(connection, wanted, live, compacted, files)
@@ -105,11 +105,21 @@ def rows(storage: StoragePort, sql: str) -> tuple[list[str], list[tuple[Any, ...
     """Column names and all rows of a query's answer.
 
     Raises:
-        As `query`, and CorruptJournalError where a damaged block is found while checkpoints are read.
+        As `query`; ConfigurationError also where the SQL fails on a row, and CorruptJournalError where a damaged block
+        is found while checkpoints are read.
     """
     files, relation = _ask(storage, sql)
-    with _naming_damage(files):
-        return list(relation.columns), relation.fetchall()
+    try:
+        with _naming_damage(files):
+            return list(relation.columns), relation.fetchall()
+    except duckdb.Error as error:
+        raise ConfigurationError(f"sql: {error}") from None
+
+
+def _named(sql: str) -> list[str]:
+    """The views that need to be built: those whose names stand in the text, or all where it may run text as SQL."""
+    text = sql.lower()
+    return [name for name in TABLES if name in text or "query" in text]
 
 
 @contextlib.contextmanager
@@ -144,7 +154,8 @@ def _make_views(
     compacted: CompactedRuns | None,
     files: CheckedFiles | None,
 ) -> None:
-    """Create the four views; those not in `wanted` are empty."""
+    """Create the four views. Those not in `wanted` have their columns, and refuse to be read: DuckDB has functions that
+    make a name of pieces, and what was not built must not look empty."""
     if files is not None and compacted is not None:
         connection.register_filesystem(files)
         allowed = [url(file) for file in compacted.files if file.table in wanted]
@@ -152,9 +163,14 @@ def _make_views(
     statements = ["create schema journals"]
     for name in TABLES:
         columns = SCHEMAS[name]
+        if name not in wanted:
+            no = f"error('{_UNNAMED.format(name)}')"
+            given = ", ".join(f"{no}::{_TYPES[field.type]} as {field.name}" for field in columns)
+            statements.append(f"create view {name} as select {given} where {no}::boolean")
+            continue
         paths = [url(f) for f in compacted.files if f.table == name] if files is not None and compacted else []
         source = []
-        if paths and name in wanted:
+        if paths:
             given = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
             source = [f"select {', '.join(columns.names)} from read_parquet([{given}], hive_partitioning = false)"]
         if live.rows.get(name) or not source:

@@ -13,7 +13,7 @@ import pytest
 
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError
 from pyworkflow_ray.storage.compact import compact
-from pyworkflow_ray.storage.sql import query
+from pyworkflow_ray.storage.sql import query, rows
 from pyworkflow_ray.storage.storage import Storage
 from pyworkflow_ray.storage.tables import SCHEMAS
 
@@ -78,6 +78,39 @@ def test_run_in_both_journal_and_parquet_counts_once(
 def test_empty_storage_has_empty_views(storage: Storage) -> None:
     assert answers(storage) == {"runs": [], "events": [], "steps": [], "attempts": []}
     assert query(storage, "show tables").fetchall() == [("attempts",), ("events",), ("runs",), ("steps",)]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "select count(*) from query_table('ru' || 'ns')",
+        "select * from query('select count(*) from ru' || 'ns')",
+        "select count(*) from RUNS",
+        'select count(*) from main."Runs"',
+    ],
+)
+def test_view_whose_name_is_made_of_pieces_is_whole(storage: Storage, make_run: Any, sql: str) -> None:
+    make_run("a")
+    make_run("b")
+    compact(storage)
+    make_run("c")
+    assert query(storage, sql).fetchall() == [(3,)]
+
+
+@pytest.mark.parametrize("where", ["", " where status = 'completed'", " where steps is null and result is null"])
+def test_view_that_was_not_built_refuses_to_look_empty(storage: Storage, make_run: Any, where: str) -> None:
+    make_run("a")
+    plan = "json_serialize_sql('select count(*) from xuns" + where.replace("'", "''") + "')::varchar"
+    hidden = f"select * from json_execute_serialized_sql(replace({plan}, 'xuns', 'ru' || 'ns'))"
+    with pytest.raises(duckdb.Error, match="the view runs was not built"):
+        query(storage, hidden).fetchall()
+    assert query(storage, hidden + " -- runs").columns == ["count_star()"]
+
+
+def test_sql_that_fails_on_a_row_is_refused(storage: Storage, make_run: Any) -> None:
+    make_run("a")
+    with pytest.raises(ConfigurationError, match="sql: Conversion Error"):
+        rows(storage, "select cast(run_id as integer) from runs")
 
 
 def test_damaged_journal_is_named_and_not_skipped(storage: Storage, make_run: Any) -> None:
