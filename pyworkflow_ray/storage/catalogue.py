@@ -4,8 +4,9 @@ Called by `listing`, which fills it; calls sqlite3 alone. Rules:
 
 * A row an ended run, under its *kind* (workflow and status) and its time of creation; a *tag* for each of its
   attributes, with the same order. So every page of every filter is a few ranges of one index, read from the end.
-* Rows carry a check of their own; a row that fails it, and errors of SQLite, raise `DamagedCatalogue`, and `listing`
-makes the file anew. What a damaged index page hides is found by `damage`, which reads everything.
+* Rows carry a check of their own; a row that fails it, an index that names no row, and errors of SQLite raise
+  `DamagedCatalogue`, and `listing` makes the file anew. What a damaged index page hides is found by `damage`, which
+  reads everything.
 * A commit is durable when it returns (WAL, synchronous=FULL): `listing` forgets a run's entry in `ended` after it.
 * Several processes read while one writes; who may write is decided by `listing`'s lock, not here.
 
@@ -18,6 +19,7 @@ import contextlib
 import hashlib
 import heapq
 import json
+import os
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,7 +36,10 @@ _BROKEN: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_
 
 _TABLES: Final = """
 create table meta (name text primary key, value text not null) without rowid;
-create table kinds (id integer primary key, workflow text not null, status text not null, unique (workflow, status));
+create table kinds (
+    id integer primary key, workflow text not null, status text not null, sum integer not null,
+    unique (workflow, status)
+);
 create table parts (id integer primary key, path text not null unique);
 create table runs (
     run_id text primary key, kind integer not null, created integer not null, attributes text not null, part integer,
@@ -48,7 +53,7 @@ create table live (
     run_id text primary key, created integer not null, workflow text not null, attributes text not null,
     status text not null, stamp text not null, sum integer not null
 ) without rowid;
-create table damaged (run_id text primary key, message text not null) without rowid;
+create table damaged (run_id text primary key, message text not null, sum integer not null) without rowid;
 create table blocks (
     path text primary key, sha256 text not null, sums blob not null, sum integer not null
 ) without rowid;
@@ -158,10 +163,12 @@ def _noticing() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN or isinstance(error, sqlite3.InternalError):
+        code = getattr(error, "sqlite_errorcode", None)  # none: what was read is no UTF-8
+        is_broken = isinstance(error, sqlite3.OperationalError) if code is None else code & 0xFF in _BROKEN
+        if is_broken or isinstance(error, sqlite3.InternalError):
             raise DamagedCatalogue(str(error)) from error
         raise
-    except (ValueError, UnicodeDecodeError, KeyError) as error:  # a text that is no text, attributes that are no JSON
+    except (ValueError, TypeError, KeyError, OverflowError) as error:  # a text that is no text, a number that is one
         raise DamagedCatalogue(str(error)) from error
 
 
@@ -203,6 +210,7 @@ class Catalogue:
         """
         try:
             with _noticing():
+                file = inode(path)
                 connection = _connect(f"file:{quote(path)}?mode=rw")
                 catalogue = cls(connection)
                 try:
@@ -212,6 +220,8 @@ class Catalogue:
                         raise DamagedCatalogue(f"{path} is of another version or storage")
                     connection.execute("begin")  # all that is asked from here on is of one moment
                     catalogue.read_kinds()
+                    if inode(path) != file:  # SQLite may have read the old file with the log of the new one
+                        raise DamagedCatalogue(f"{path} was replaced while it was opened")
                 except BaseException:
                     connection.close()
                     raise
@@ -226,8 +236,11 @@ class Catalogue:
             self.connection.close()
 
     def read_kinds(self) -> None:
-        rows = self.connection.execute("select id, workflow, status from kinds").fetchall()
-        self.kinds = {number: (workflow, status) for number, workflow, status in rows}
+        rows = self.connection.execute("select id, workflow, status, sum from kinds").fetchall()
+        for *kind, check in rows:
+            if check != _sum(*kind):
+                raise DamagedCatalogue(f"the row of kind {kind[0]} fails its check")
+        self.kinds = {number: (workflow, status) for number, workflow, status, _ in rows}
 
     # Asking -------------------------------------------------------------------------------------------------------
 
@@ -238,7 +251,12 @@ class Catalogue:
 
     def damaged(self) -> dict[str, str]:
         with _noticing():
-            return dict(self.connection.execute("select run_id, message from damaged order by run_id").fetchall())
+            found = {}
+            for run_id, message, check in self.connection.execute("select * from damaged order by run_id"):
+                if check != _sum(run_id, message):
+                    raise DamagedCatalogue(f"the row of damaged run {run_id!r} fails its check")
+                found[run_id] = message
+            return found
 
     def live(self) -> dict[str, LiveRow]:
         with _noticing():
@@ -250,6 +268,12 @@ class Catalogue:
                     raise DamagedCatalogue(f"the row of unfinished run {run_id!r} fails its check")
                 found[run_id] = LiveRow(Row(run_id, created, workflow, status, attributes), stamp)
             return found
+
+    def live_in_parts(self) -> set[str]:
+        """Ids that stand as unfinished and that a checkpoint holds."""
+        with _noticing():
+            sql = "select run_id from live join runs using (run_id) where part is not null"
+            return {run_id for (run_id,) in self.connection.execute(sql)}
 
     def run(self, run_id: str) -> Row | None:
         """An ended run."""
@@ -265,6 +289,11 @@ class Catalogue:
             rows = self.connection.execute("select run_id from runs where part is null order by run_id").fetchall()
             return [run_id for (run_id,) in rows]
 
+    def runs_of(self, part: int) -> int:
+        """How many runs it has of a checkpoint file."""
+        with _noticing():
+            return int(self.connection.execute("select count(*) from runs where part = ?", (part,)).fetchone()[0])
+
     def newest(self, query: Query) -> Iterator[Row]:
         """Ended runs that `query` takes, newest first, read as they are asked for."""
         with _noticing():
@@ -272,11 +301,15 @@ class Catalogue:
             lead, others = self._leading_tags(query)
             ranges = [self._range(query, kind, tag, others) for kind in kinds for tag in lead]
             last = None
-            for found in heapq.merge(*ranges, key=lambda found: found[:2], reverse=True):
-                if found != last:  # two values of one attribute, as text and as number say, may be one run's
-                    last = found
-                    row = self.run(found[1])
-                    if row is not None and query.takes(row):
+            for key in heapq.merge(*ranges, reverse=True):
+                if key != last:  # two values of one attribute, as text and as number say, may be one run's
+                    if last is not None and key > last:
+                        raise DamagedCatalogue(f"the index has {key} after {last}")
+                    last = key
+                    row = self.run(key[1])
+                    if row is None or row.key != key:
+                        raise DamagedCatalogue(f"the index has {key}, which is no run's")
+                    if query.takes(row):
                         yield row
 
     def _leading_tags(self, query: Query) -> tuple[Sequence[int | None], list[list[int]]]:
@@ -334,8 +367,22 @@ class Catalogue:
         """What SQLite's own full check, and each row's, find: everything is read."""
         with _noticing():
             found = [text for (text,) in self.connection.execute("pragma integrity_check") if text != "ok"]
-            for row in self.connection.execute("select run_id, kind, created, attributes, part, sum from runs"):
-                self._row(row)
+            tags = 0
+            for values in self.connection.execute("select run_id, kind, created, attributes, part, sum from runs"):
+                row = self._row(values)
+                mine = _tags(row)
+                tags += len(mine)
+                for tag in mine:
+                    key = (tag, values[1], row.created, row.run_id)
+                    sql = "select 1 from tags where tag = ? and kind = ? and created = ? and run_id = ?"
+                    if self.connection.execute(sql, key).fetchone() is None:
+                        found.append(f"run {row.run_id!r} can't be found by one of its attributes")
+            if tags != self.connection.execute("select count(*) from tags").fetchone()[0]:
+                found.append("attributes find runs that have none of them")
+            self.live()
+            self.damaged()
+            for path, sha256 in self.connection.execute("select path, sha256 from blocks").fetchall():
+                self.block_sums(path, sha256)
             return found
 
     # Filling ------------------------------------------------------------------------------------------------------
@@ -388,7 +435,7 @@ class Catalogue:
             if row is not None:
                 self._remove(row)
             self.connection.execute("delete from live where run_id = ?", (run_id,))
-            self.connection.execute("delete from damaged where run_id = ?", (run_id,))
+            self.forget_damaged(run_id)
 
     def _remove(self, row: Row) -> None:
         kind = self._kind(row.workflow, row.status)
@@ -402,8 +449,9 @@ class Catalogue:
         for number, kind in self.kinds.items():
             if kind == (workflow, status):
                 return number
-        cursor = self.connection.execute("insert into kinds (workflow, status) values (?, ?)", (workflow, status))
-        number = int(cursor.lastrowid or 0)
+        number = max(self.kinds, default=0) + 1
+        values = (number, workflow, status, _sum(number, workflow, status))
+        self.connection.execute("insert into kinds values (?, ?, ?, ?)", values)
         self.kinds[number] = (workflow, status)
         return number
 
@@ -427,8 +475,12 @@ class Catalogue:
         known = {run_id for (run_id,) in self.connection.execute("select run_id from live")}
         self.connection.executemany("delete from live where run_id = ?", [(run_id,) for run_id in known - run_ids])
 
+    def forget_damaged(self, run_id: str) -> None:
+        self.connection.execute("delete from damaged where run_id = ?", (run_id,))
+
     def put_damaged(self, run_id: str, message: str) -> None:
-        self.connection.execute("insert or replace into damaged values (?, ?)", (run_id, message))
+        values = (run_id, message, _sum(run_id, message))
+        self.connection.execute("insert or replace into damaged values (?, ?, ?)", values)
 
     def put_blocks(self, path: str, sha256: str, sums: bytes) -> None:
         check = _sum(path, sha256, zlib.crc32(sums))
@@ -439,6 +491,14 @@ class Catalogue:
         known = {path for (path,) in self.connection.execute("select path from blocks")}
         gone = [(path,) for path in known - set(paths)]
         self.connection.executemany("delete from blocks where path = ?", gone)
+
+
+def inode(path: str) -> int | None:
+    """Which file lies at `path` now; None where there is none."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _connect(database: str) -> sqlite3.Connection:

@@ -93,11 +93,13 @@ class _File:
         self.size = file.bytes
         self._sums = sums
         self._fd: int | None = None
+        self._opening = threading.Lock()
 
     def open(self) -> int:
-        if self._fd is None:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._fd
+        with self._opening:  # of two threads one would lose its descriptor
+            if self._fd is None:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._fd
 
     def read(self, start: int, length: int) -> bytes:
         """Checked bytes.

@@ -1,7 +1,7 @@
 """One compaction in a process of its own, for the controller's upkeep: rules as JSON in, what was done as JSON out.
 
-Started by `runtime.upkeep`; calls `compact`, then has the catalogue take in what ended and what moved. Faults: as
-`compact`; the error's text goes to stderr, and the exit code is 1.
+Started by `runtime.upkeep`; calls `compact`, then has the catalogue take in what ended and what moved, and checks it
+once a day. Faults: as `compact`; the error's text goes to stderr, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import sys
 
 from pyworkflow_ray.errors import PyWorkflowError
+from pyworkflow_ray.storage.catalogue_check import keep_right
 from pyworkflow_ray.storage.compact import Rules, compact
 from pyworkflow_ray.storage.stocktaking import take_in
 from pyworkflow_ray.storage.storage import Storage
@@ -23,6 +24,7 @@ def main(text: str) -> None:
         storage = Storage.open(given.pop("storage"), create=False)
         done = compact(storage, Rules(**given))
         take_in(storage)
+        keep_right(storage)
     except PyWorkflowError as error:
         sys.exit(str(error))
     sys.stdout.write(json.dumps(dataclasses.asdict(done)))

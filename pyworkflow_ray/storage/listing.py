@@ -21,12 +21,13 @@ import itertools
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from pyworkflow_ray.errors import RunNotFoundError, StorageError
-from pyworkflow_ray.storage.catalogue import Catalogue, DamagedCatalogue, LiveRow, Query, Row
+from pyworkflow_ray.storage.catalogue import Catalogue, DamagedCatalogue, LiveRow, Query, Row, inode
 from pyworkflow_ray.storage.epochs import epoch_name, read_names
 from pyworkflow_ray.storage.stocktaking import (
     BATCH,
@@ -39,7 +40,7 @@ from pyworkflow_ray.storage.stocktaking import (
     run_files,
     take_in,
 )
-from pyworkflow_ray.storage.storage import Storage
+from pyworkflow_ray.storage.storage import RunHistory, Storage
 
 if TYPE_CHECKING:
     from pyworkflow_ray.storage.checkpoint import CompactedRuns
@@ -94,14 +95,43 @@ def page(storage: StoragePort, query: Query, limit: int | None = None) -> Page:
 def scan(storage: StoragePort, query: Query) -> tuple[list[Row], dict[str, str]]:
     """The same without a catalogue, every run read: the only way in a bucket, and what tests compare with."""
     rows, damaged = [], {}
-    for run_id in storage.list_run_ids():
+    for run_id, history in read_many(storage, storage.list_run_ids()):
         try:
-            rows.append(row_of(run_id, storage.read_run(run_id).events))
-        except RunNotFoundError:
-            continue
+            if isinstance(history, StorageError):
+                raise history
+            rows.append(row_of(run_id, history.events))
         except StorageError as error:
             damaged[run_id] = str(error)
     return sorted(filter(query.takes, rows), key=lambda row: row.key, reverse=True), damaged
+
+
+def read_many(storage: StoragePort, run_ids: Iterable[str]) -> Iterator[tuple[str, RunHistory | StorageError]]:
+    """Histories of runs, in order, `at_once` at a time; of a damaged one its error. Those that are gone are left out.
+
+    Raises:
+        What is no fault of the run: a bucket that can't be reached, for one.
+    """
+
+    def read(run_id: str) -> RunHistory | StorageError | None:
+        try:
+            return storage.read_run(run_id)
+        except RunNotFoundError:
+            return None
+        except StorageError as error:
+            return error
+
+    with ThreadPoolExecutor(storage.at_once, "reading") as pool:
+        work = pool.map if storage.at_once > 1 else map  # no threads where they gain nothing
+        for chunk in _chunks(run_ids, 4 * storage.at_once):  # so that no more of them than that are in memory
+            for run_id, found in zip(chunk, work(read, chunk), strict=True):
+                if found is not None:
+                    yield run_id, found
+
+
+def _chunks(run_ids: Iterable[str], size: int) -> Iterator[list[str]]:
+    left = iter(run_ids)
+    while chunk := list(itertools.islice(left, size)):
+        yield chunk
 
 
 def _page(rows: Iterator[Row], limit: int | None, damaged: dict[str, str]) -> Page:
@@ -131,18 +161,6 @@ def stock(storage: Storage) -> Stock:
         return Stock(journals, found.compacted, found.catalogue.damaged())
 
     return _asking(storage, ask, live=False)
-
-
-def check(storage: Storage) -> list[str]:
-    """What is wrong with the catalogue, all of it read; nothing where it is missing, for it is made anew."""
-    try:
-        catalogue = Catalogue.open(catalogue_path(storage), storage.storage_id)
-        if catalogue is None:
-            return []
-        with contextlib.closing(catalogue):
-            return catalogue.damage()
-    except (DamagedCatalogue, sqlite3.Error) as error:
-        return [str(error)]
 
 
 # One look at the storage ------------------------------------------------------------------------------------------
@@ -188,6 +206,7 @@ class _Listing:
 
 def _asking(storage: Storage, ask: Callable[[_Listing], T], *, live: bool = True) -> T:
     for left in range(_TRIES, 0, -1):
+        file = inode(catalogue_path(storage))
         try:
             found = _look(storage)
             with contextlib.closing(found.catalogue):
@@ -196,7 +215,7 @@ def _asking(storage: Storage, ask: Callable[[_Listing], T], *, live: bool = True
                 answer = ask(found)
         except DamagedCatalogue as error:
             logger.warning("the catalogue of %s is made anew: %s", storage.root, error)
-            discard(storage)
+            discard(storage, file)
         except sqlite3.Error as error:
             if left == 1:
                 path = catalogue_path(storage)
@@ -231,15 +250,18 @@ def _look(storage: Storage) -> _Listing:
 
 
 def _listing(storage: Storage, catalogue: Catalogue, compacted: CompactedRuns | None, ids: set[str]) -> _Listing:
-    """Of a run that a checkpoint holds the index may still have an entry, after a power loss say: it is not read."""
+    """Of a run that a checkpoint holds the index may still have an entry, after a power loss say: it is not read. A
+    damaged one is, each time: it may have been restored."""
     try:
         live = catalogue.live()
+        ids |= catalogue.damaged().keys()
+        ids -= catalogue.live_in_parts()
         for run_id in sorted(ids - live.keys()):
             row = catalogue.run(run_id)
             if row is not None and row.part is not None:
                 ids.discard(run_id)
         known = {run_id: row for run_id, row in live.items() if run_id in ids}
-        return _Listing(storage, catalogue, compacted, ids, live=known, damaged=catalogue.damaged())
+        return _Listing(storage, catalogue, compacted, ids, live=known)
     except BaseException:
         catalogue.close()
         raise

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any, Final
 import duckdb
 import pyarrow as pa
 
-from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, RunNotFoundError, StorageError
+from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, StorageError
 from pyworkflow_ray.storage.checked_files import CheckedFiles, all_sums, url
 from pyworkflow_ray.storage.checkpoint import CheckpointChanged, CompactedRuns
-from pyworkflow_ray.storage.listing import Stock, stock
+from pyworkflow_ray.storage.listing import Stock, read_many, stock
 from pyworkflow_ray.storage.stocktaking import keep_blocks, known_blocks
 from pyworkflow_ray.storage.storage import Storage
 from pyworkflow_ray.storage.tables import SCHEMAS, TABLES, Rows
@@ -211,9 +211,10 @@ def _snapshot(storage: StoragePort, wanted: list[str]) -> tuple[Rows, CompactedR
 
 def _gather(storage: StoragePort, run_ids: list[str], wanted: list[str]) -> Rows:
     rows = Rows(wanted)
-    for run_id in run_ids:
-        with contextlib.suppress(RunNotFoundError):  # never came to be, or was forgotten meanwhile
-            rows.add(storage.read_run(run_id))
+    for _, history in read_many(storage, run_ids):  # without those that never came to be, or were forgotten meanwhile
+        if isinstance(history, StorageError):
+            raise history
+        rows.add(history)
     return rows
 
 

@@ -30,7 +30,7 @@ from pyworkflow_ray.engine.events import Event, RunCreated
 from pyworkflow_ray.engine.history import run_status
 from pyworkflow_ray.errors import CorruptJournalError, RunNotFoundError, StorageError
 from pyworkflow_ray.failpoints import failpoint
-from pyworkflow_ray.storage.catalogue import FORMAT, Catalogue, DamagedCatalogue, LiveRow, Row
+from pyworkflow_ray.storage.catalogue import FORMAT, Catalogue, DamagedCatalogue, LiveRow, Row, inode
 from pyworkflow_ray.storage.directory import ensure_directory, listing
 
 if TYPE_CHECKING:
@@ -91,10 +91,14 @@ def rebuild(storage: Storage) -> None:
         raise StorageError(f"making {catalogue_path(storage)} failed: {error}", path=catalogue_path(storage)) from error
 
 
-def discard(storage: Storage) -> None:
-    """Remove a catalogue that turned out to be damaged; the next listing makes another."""
+def discard(storage: Storage, file: int | None) -> None:
+    """Remove a catalogue that turned out to be damaged; the next listing makes another.
+
+    file: its `inode`. Another process may have made another one meanwhile, which stays.
+    """
     with contextlib.suppress(OSError), _locked(storage, wait=True):
-        _remove_files(storage)
+        if inode(catalogue_path(storage)) == file:
+            _remove_files(storage)
 
 
 def in_memory(storage: Storage, unfinished: set[str], compacted: CompactedRuns | None) -> Catalogue:
@@ -203,6 +207,7 @@ def _again(work: Callable[[], T]) -> T:
 
 
 def _bring_up_to_date(storage: Storage) -> bool:
+    _remove_new(storage)  # left of a crash
     try:
         catalogue = Catalogue.open(catalogue_path(storage), storage.storage_id)
         if catalogue is not None:
@@ -253,6 +258,7 @@ def _look_at(storage: Storage, catalogue: Catalogue, run_id: str) -> bool:
     """Have the catalogue hold the run as it is now; False where its entry in `ended` has to stay."""
     row = catalogue.run(run_id)
     if row is not None and row.part is not None:
+        catalogue.forget_damaged(run_id)
         return True  # a checkpoint holds it, so nothing can happen to it any more
     catalogue.forget([run_id])
     try:
@@ -279,26 +285,41 @@ def _batches(items: Sequence[X]) -> Iterator[Sequence[X]]:
 
 def _make_anew(storage: Storage) -> None:
     path = catalogue_path(storage)
-    for name in listing(storage.disk, os.path.dirname(path)):
-        if name.startswith(f"{_FILE}.new"):
-            storage.disk.unlink(f"{os.path.dirname(path)}/{name}")  # left of a crash
     temporary = f"{path}.new"
-    catalogue = Catalogue.create(temporary, storage.storage_id)
-    with contextlib.closing(catalogue):
-        unfinished = storage.index.run_ids()
-        for run_id in _fill(storage, catalogue, unfinished, checkpoints(storage)):
-            storage.index.note_ended(run_id)  # listings go on reading it
-        catalogue.seal()
-    storage.disk.sync_file(temporary)
-    failpoint("catalogue.before_replace")
-    _remove_files(storage)  # the old one's log first of all: it must never be read with the new one
-    storage.disk.rename(temporary, path)
-    storage.disk.sync_dir(os.path.dirname(path))
+    _remove_new(storage)
+    try:
+        catalogue = Catalogue.create(temporary, storage.storage_id)
+        with contextlib.closing(catalogue):
+            unfinished = storage.index.run_ids()
+            for run_id in _fill(storage, catalogue, unfinished, checkpoints(storage)):
+                storage.index.note_ended(run_id)  # listings go on reading it
+            catalogue.seal()
+        storage.disk.sync_file(temporary)
+        failpoint("catalogue.before_replace")
+        _remove_files(storage)
+        failpoint("catalogue.before_rename")
+        storage.disk.rename(temporary, path)
+        storage.disk.sync_dir(os.path.dirname(path))
+    except (OSError, sqlite3.Error):
+        with contextlib.suppress(OSError):
+            _remove_new(storage)  # a disk that is full stays full of it
+        raise
+
+
+def _remove_new(storage: Storage) -> None:
+    directory = os.path.dirname(catalogue_path(storage))
+    for name in listing(storage.disk, directory):
+        if name.startswith(f"{_FILE}.new"):
+            storage.disk.unlink(f"{directory}/{name}")
 
 
 def _remove_files(storage: Storage) -> None:
+    """Remove the catalogue for good. First itself: without its log it would be an older one that looks whole. And the
+    log must not come back after a power loss, for SQLite would read it with the next one."""
     for suffix in ("", "-wal", "-shm"):
         storage.disk.unlink(f"{catalogue_path(storage)}{suffix}")
+        failpoint("catalogue.after_unlink")
+    storage.disk.sync_dir(os.path.dirname(catalogue_path(storage)))
 
 
 def _fill(storage: Storage, catalogue: Catalogue, unfinished: set[str], compacted: CompactedRuns | None) -> list[str]:

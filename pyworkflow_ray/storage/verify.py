@@ -12,6 +12,7 @@ Faults: any damage, and files that vanish under our hands.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,11 +21,13 @@ from typing import Any, Final
 
 from pyworkflow_ray.engine.events import Event
 from pyworkflow_ray.errors import CorruptJournalError, RunNotFoundError, StorageError
+from pyworkflow_ray.storage.catalogue_check import check, lost_runs
 from pyworkflow_ray.storage.checked import decode_checked
 from pyworkflow_ray.storage.codec import StorageCodec
 from pyworkflow_ray.storage.codec_mark import MARK
 from pyworkflow_ray.storage.directory import STORAGE_FILE, listing
 from pyworkflow_ray.storage.revealing import refused
+from pyworkflow_ray.storage.stocktaking import catalogue_path
 from pyworkflow_ray.storage.storage import Storage
 
 _LEASE: Final = re.compile(r"([0-9a-f]{32})\.(lease|dead)")
@@ -75,6 +78,7 @@ def verify(storage: Storage, codec: StorageCodec | None = None) -> Report:
         _journal(storage, run_id, unfinished, report, refs)
     _checkpoints(storage, report, refs)
     _blobs(storage, report, refs)
+    _catalogue(storage, report)
     return report
 
 
@@ -202,6 +206,20 @@ def _blobs(storage: Storage, report: Report, refs: dict[str, str]) -> None:
                 storage.get_blob(digest)
             except StorageError as error:
                 report.add(error, run_id)
+
+
+def _catalogue(storage: Storage, report: Report) -> None:
+    """What listings look into, against all that was read. It heals, and a run that it knows and nobody has does not."""
+    path = catalogue_path(storage)
+    try:
+        for text in check(storage):
+            report.add(StorageError(f"{path}: {text}. Remove {os.path.dirname(path)}: it is made anew", path=path))
+        for run_id in lost_runs(storage):
+            where = storage.directory(run_id)
+            text = f"run {run_id!r} has ended, and {where} is gone. Restore it, or remove {os.path.dirname(path)}"
+            report.add(CorruptJournalError(text, path=where), run_id)
+    except StorageError as error:
+        report.add(error)  # a checkpoint, which is told already
 
 
 def refs_of(events: Iterable[Event]) -> set[str]:
