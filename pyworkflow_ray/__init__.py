@@ -88,6 +88,7 @@ _HOMES: dict[str, str] = {
             "StepLostError",
             "StepTimeoutError",
             "StorageError",
+            "TooManyRunsError",
         ),
         "pyworkflow_ray.errors",
     ),
@@ -119,6 +120,7 @@ __all__ = [
     "StepLostError",
     "StepTimeoutError",
     "StorageError",
+    "TooManyRunsError",
     "Workflow",
     "as_completed",
     "classify",
@@ -179,6 +181,7 @@ if TYPE_CHECKING:
         StepLostError,
         StepTimeoutError,
         StorageError,
+        TooManyRunsError,
     )
     from pyworkflow_ray.execution.alerts import Alert, on_alert
     from pyworkflow_ray.execution.hooks import on_breaker_open, on_retry, on_run_failed

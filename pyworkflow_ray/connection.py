@@ -49,7 +49,7 @@ def init(storage: str | os.PathLike[str] | None = None, address: str | None = No
             `PYWORKFLOW_STORAGE`, else `~/.pyworkflow-ray`.
         address: As in Ray; None: `RAY_ADDRESS`, a running local cluster, else a new local one.
         settings: log_level, log_format, allow_pickle, codec, redact, max_payload_bytes, pool_min, pool_max,
-            worker_wait_max, compact_after, compact_above, compact_failed_after, retain, alert_webhook,
+            max_pending, worker_wait_max, compact_after, compact_above, compact_failed_after, retain, alert_webhook,
             alert_struggling_after.
 
     Raises:
@@ -103,6 +103,7 @@ def _connect(ray_options: dict[str, Any] | None = None) -> Client:
         max_payload_bytes=_settings.max_payload_bytes,
         pool_min=_settings.pool_min,
         pool_max=_settings.pool_max,
+        max_pending=_settings.max_pending,
         worker_wait_max_s=_settings.worker_wait_max,
         log_level=_settings.log_level,
         log_format=_settings.log_format,
@@ -114,9 +115,8 @@ def _connect(ray_options: dict[str, Any] | None = None) -> Client:
         alert_struggling_after=_settings.alert_struggling_after,
         ray_options=ray_options,
     )
-    if client.owns_ray:
-        atexit.unregister(shutdown)
-        atexit.register(shutdown)
+    atexit.unregister(shutdown)  # before Ray's own: a thread of ours in a Ray that ends is a crash at exit
+    atexit.register(shutdown)
     return client
 
 

@@ -177,6 +177,19 @@ class RunCancelledError(RunError):
         self.reason = reason
 
 
+class TooManyRunsError(PyWorkflowError):
+    """No run is started: as many as `max_pending` allows wait for a run actor already. Nothing was written.
+
+    Attributes:
+        pending: Runs that wait. limit: `max_pending`.
+    """
+
+    def __init__(self, message: str, *, pending: int = 0, limit: int = 0) -> None:
+        super().__init__(message)
+        self.pending = pending
+        self.limit = limit
+
+
 class RunExistsError(RunError):
     """A run of this id exists with another workflow or other arguments."""
 

@@ -342,12 +342,12 @@ def recover(steal: bool = False) -> list[RunHandle[Any]]:
     """Take up the unfinished runs that no living owner holds; returns their handles and does not wait for them.
 
     Args:
-        steal: Take runs from a living owner too; not available in this version.
+        steal: Take runs from other owners too, though they may live (a cluster that nobody can reach, a notebook that
+            hangs). They are refused at their next event, stop, and never take back. A step that such an owner executes
+            goes on beside its re-execution: see `current_step().fence`.
     """
-    if steal:
-        raise ConfigurationError("recover(steal=True) is not available in this version")
     client = need_client(None)
-    return RunList(RunHandle(run_id, client.storage) for run_id in client.call("recover", False))
+    return RunList(RunHandle(run_id, client.storage) for run_id in client.call("recover", steal))
 
 
 def sql(query: str) -> duckdb.DuckDBPyRelation:

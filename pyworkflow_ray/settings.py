@@ -49,6 +49,11 @@ class Settings(BaseSettings):
     )
     pool_min: int = Field(default=1, ge=0, le=10_000, description="Warm run actors kept when nothing runs")
     pool_max: int | None = Field(default=None, ge=1, le=10_000, description="Most run actors; None: by the CPUs")
+    max_pending: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most runs that may wait for a run actor; `start` refuses more. None: any number",
+    )
     worker_wait_max: float = Field(
         default=1.0, ge=0, description="Longest wait that a worker sleeps itself, in seconds"
     )

@@ -220,6 +220,8 @@ def step(
     num_cpus: float | None = None,
     num_gpus: float | None = None,
     memory: float | None = None,
+    memory_growth: float | None = None,
+    max_memory: float | None = None,
     resources: Mapping[str, float] | None = None,
     runtime_env: Mapping[str, Any] | None = None,
     scheduling_strategy: Any = None,
@@ -273,6 +275,10 @@ def step(fn: Any = None, /, **options: Any) -> Any:
         executor: "task": a Ray task; "local": inside the run's actor, for tiny steps.
         num_cpus: CPUs of the task; None: 1. `num_gpus`, `memory` (bytes), `resources`, `runtime_env`,
             `scheduling_strategy` and, by Ray's own names, `ray_remote_args` are handed to Ray as they are.
+        memory_growth: After an out-of-memory kill the step is executed again with so many times the `memory` it had,
+            ≥ 1 (Ray kills by `memory` only what it must; the larger claim finds a node, or a time, with room); needs
+            `memory`. None: the same again.
+        max_memory: The most that `memory_growth` leads to, in bytes; None: no limit.
 
     Raises:
         ConfigurationError: an option is unknown, out of range, or not available in this version.

@@ -44,6 +44,7 @@ from pyworkflow_ray.engine.events import (
 )
 from pyworkflow_ray.engine.history import History, StepState
 from pyworkflow_ray.engine.machine import Flow, Machine
+from pyworkflow_ray.engine.resources import ask_for
 from pyworkflow_ray.errors import UNREADABLE, StepLostError, StepTimeoutError
 
 _RECOVERY_DELAY_S = 0.1  # before the first re-execution of a lost step; doubled for each further one
@@ -395,7 +396,7 @@ class Driver(pausing.PausingDriver, known.KnowingDriver):
             kwargs=event.kwargs,
             policy=event.policy,
             executor=event.executor,
-            ray_options=event.ray_options,
+            ray_options=ask_for(event.ray_options, step.out_of_memory),
             breaker=event.breaker,
             breaker_settings=created.breaker_options(event.breaker),
             breaker_generation=self._generations.get(event.breaker, 0) if event.breaker else 0,

@@ -54,8 +54,9 @@ class StepState:
     """One step of the run.
 
     attempt: number of the last attempt known. retries_used: failed attempts that count against `max_retries`.
-    recoveries: charged losses. retry_at: when the next attempt may begin. waiting: nobody executes it (handed back, or
-    lost and backing off). dispatch: how often it was dispatched in this epoch. dispatched: a worker has it now.
+    recoveries: charged losses; out_of_memory: those that were out-of-memory kills. retry_at: when the next attempt may
+    begin. waiting: nobody executes it (handed back, or lost and backing off). dispatch: how often it was dispatched in
+    this epoch. dispatched: a worker has it now.
     chunk: (map, first, count) of a map's chunk, which is a step of its own.
     """
 
@@ -65,6 +66,7 @@ class StepState:
     attempt: int = 0
     retries_used: int = 0
     recoveries: int = 0
+    out_of_memory: int = 0
     retry_at: float | None = None
     first_attempt: int = 1  # of the dispatch that runs now
     waiting: bool = False
@@ -185,6 +187,7 @@ class History:
             case StepLost():
                 step = self.step(event.position)
                 step.recoveries += event.charged
+                step.out_of_memory += event.cause == "out_of_memory"
                 # without a retry its failure follows, and may be missing: it must not look as if it waited for a retry
                 step.waiting, step.dispatched, step.retry_at = event.retry_at is not None, False, event.retry_at
                 step.attempt = max(step.attempt, event.attempt or 0)
@@ -257,7 +260,7 @@ class History:
         self._drop(event.position)
         for first, count in event.parts:
             part = self.step(chunk_position(step.chunk[0], first, count))
-            part.recoveries, part.dispatch = step.recoveries, step.dispatch
+            part.recoveries, part.dispatch, part.out_of_memory = step.recoveries, step.dispatch, step.out_of_memory
             part.waiting, part.retry_at = step.waiting, step.retry_at
 
     def _end_step(self, position: str, how: str, attempt: int) -> None:

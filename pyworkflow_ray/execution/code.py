@@ -27,7 +27,14 @@ from typing import Any
 
 from pyworkflow_ray.engine.events import CodeRef, Payload
 from pyworkflow_ray.errors import ConfigurationError
-from pyworkflow_ray.execution.definitions import Definition, StepDefinition, WorkflowDefinition, reference, resolve
+from pyworkflow_ray.execution.definitions import (
+    Definition,
+    StepDefinition,
+    WorkflowDefinition,
+    forget_modules,
+    reference,
+    resolve,
+)
 from pyworkflow_ray.execution.environment import python_version
 from pyworkflow_ray.execution.snapshot import (
     Dump,
@@ -134,6 +141,13 @@ def load_step(
     return found
 
 
+def forget(modules: set[str]) -> None:
+    """These modules are imported anew: code by value that has objects of them is loaded anew as well."""
+    forget_modules(modules)
+    for kept in (_dumps, _snapshots, _values):
+        kept.clear()
+
+
 @contextlib.contextmanager
 def local_code() -> Iterator[None]:
     """Within it, code that would go by value stays in this process: for tests, whose steps close over variables."""
@@ -229,6 +243,10 @@ class _Recent:
             self._values[key] = value
             while len(self._values) > self._size:
                 self._values.popitem(last=False)
+
+    def clear(self) -> None:
+        with _lock:
+            self._values.clear()
 
 
 _dumps = _Recent(_KEPT)

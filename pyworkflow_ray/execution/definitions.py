@@ -20,7 +20,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import FrameType
 from typing import Any, ClassVar, Literal
 
@@ -239,6 +239,15 @@ def register(definition: Definition) -> None:
     if replaced is not None:
         replaced.code_ref = None
     names[definition.name] = definition
+
+
+def forget_modules(modules: Collection[str]) -> None:
+    """Definitions of these modules are no more: the modules are imported anew."""
+    for key in [key for key in _by_home if key[1] in modules]:
+        del _by_home[key]
+    for name in [name for name, found in _explicit.items() if (found.home or found.module) in modules]:
+        del _explicit[name]
+    _importable.clear()
 
 
 def registered(kind: Kind) -> list[Definition]:

@@ -75,7 +75,7 @@ def capture_environment(
 
 def import_roots() -> list[str]:
     """Entries of `sys.path` that belong to the user: absolute, existing, outside Python's own directories, in order."""
-    own = _own_directories()
+    own = own_directories()
     roots: list[str] = []
     for entry in sys.path:
         path = _real(entry)
@@ -114,7 +114,10 @@ def enter_environment(
     for module in environment.preload:
         if module in _PRELOADED:
             importlib.import_module(module)
-    return [root for root in roots if not os.path.exists(root)]
+    gone = [root for root in roots if not os.path.exists(root)]
+    if gone:
+        importlib.invalidate_caches()  # Python remembers that a root is no directory; it may be restored
+    return gone
 
 
 def packaged_working_dir(runtime_env: Mapping[str, Any]) -> str | None:
@@ -150,7 +153,8 @@ def _here(root: str, working_dir: str | None) -> str:
     return root
 
 
-def _own_directories() -> set[str]:
+def own_directories() -> set[str]:
+    """Where Python and what is installed into it lie."""
     paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     paths.update(getattr(site, "getsitepackages", list)())
     if getattr(site, "ENABLE_USER_SITE", False):

@@ -1,6 +1,6 @@
 """Options of steps and workflows: checked when the decorator runs, never accepted and ignored.
 
-Called by `step.py` and `workflow.py`; calls nothing of ours but `durations`, `errors` and `RetryPolicy`. Rules:
+Called by `step.py` and `workflow.py`; calls nothing of ours but `durations`, `errors` and a few names. Rules:
 
 * every refusal is a `ConfigurationError` that names option, value and what is allowed, and the nearest name for a
   misspelling;
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 from pyworkflow_ray.durations import parse_duration
+from pyworkflow_ray.engine.resources import GROWTH, MOST
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.resilience.policy import RetryPolicy
 from pyworkflow_ray.resilience.retry import DelayOf, ErrorFilter
@@ -45,6 +46,8 @@ STEP_OPTIONS = (
     "max_recoveries",
     "executor",
     *_RAY_NAMED,
+    GROWTH,
+    MOST,
     "ray_remote_args",
 )
 WORKFLOW_OPTIONS = ("name", "version", "max_duration", "actor_options", "max_recoveries")
@@ -355,6 +358,7 @@ def _ray_options(check: _Checker) -> dict[str, Any]:
     for name, low in (("num_cpus", 0), ("num_gpus", 0), ("memory", 0)):
         if check.given.get(name) is not None:
             options[name] = check.number(name, None, at_least=low)
+    _memory_growth(check, options)
     resources = check.given.get("resources")
     if resources is not None:
         if not isinstance(resources, Mapping) or not all(
@@ -373,6 +377,19 @@ def _ray_options(check: _Checker) -> dict[str, Any]:
     if check.given.get("scheduling_strategy") is not None:
         options["scheduling_strategy"] = _strategy(check, "scheduling_strategy", check.given["scheduling_strategy"])
     return options | _ray_remote_args(check, options)
+
+
+def _memory_growth(check: _Checker, options: dict[str, Any]) -> None:
+    """After an out-of-memory kill the step is executed again with more memory; recorded among Ray's options."""
+    growth, most = check.given.get(GROWTH), check.given.get(MOST)
+    if growth is not None:
+        if "memory" not in options:
+            check.refuse(GROWTH, "given together with memory=, which it multiplies")
+        options[GROWTH] = check.number(GROWTH, None, at_least=1)
+    if most is not None:
+        if growth is None:
+            check.refuse(MOST, "given together with memory_growth=, which it bounds")
+        options[MOST] = check.number(MOST, None, at_least=options["memory"])
 
 
 def _ray_remote_args(check: _Checker, named: Mapping[str, Any]) -> dict[str, Any]:

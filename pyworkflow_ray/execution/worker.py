@@ -128,6 +128,8 @@ async def execute_call_async(
     settle: Callable[[], Awaitable[None]] | None = None,
     owns_loop: bool = False,
     confirmed: Callable[[], int] | None = None,
+    starts: bool = True,
+    gather_s: float = 0.0,
 ) -> Outcome:
     """As `execute_call`, on the running event loop: for local steps, and for the test environment.
 
@@ -154,14 +156,17 @@ async def execute_call_async(
             owns_loop=owns_loop,
             **about,  # type: ignore[arg-type]
         )
-    execution = Execution(call, step, codec, report, worker, node, clock, rng, sleep)
+    execution = Execution(call, step, codec, report, worker, node, clock, rng, sleep, gather_s)
     try:
         function = execution.function()
     except Exception as error:
         return execution.broken(error)
     work = execution.work(function, breaker, interrupt)
     work.owns_loop, work.settle = owns_loop, settle
-    ended = await drive_async(attempts(execution.plan(breaker, interrupt, wait_max_s)), work)
+    plan = execution.plan(breaker, interrupt, wait_max_s)
+    if not starts:
+        plan.on_started = None
+    ended = await drive_async(attempts(plan), work)
     return execution.outcome(ended, breaker, confirmed)
 
 

@@ -29,6 +29,7 @@ from pyworkflow_ray.runtime.dispatcher import make_anchor
 from pyworkflow_ray.runtime.embedded import ensure_ray
 from pyworkflow_ray.runtime.following import Follower
 from pyworkflow_ray.runtime.messages import NAMESPACE, Cursor, News, RuntimeConfig, Submitted, controller_name
+from pyworkflow_ray.runtime.nodes import check_nodes
 from pyworkflow_ray.runtime.packages import capture, job_attributes
 from pyworkflow_ray.runtime.process import make_codec, set_log_level
 from pyworkflow_ray.runtime.typed_ray import as_actor, cluster_resources
@@ -38,6 +39,7 @@ from pyworkflow_ray.storage.port import LeasePort, StoragePort, open_storage
 log = logging.getLogger("pyworkflow_ray")
 
 _CALL_AGAIN_S = 60.0  # how long a controller may be away before a call gives up
+_LOOK_S = 0.25
 _SUBMITTED_AT_ONCE = 200
 _AWAY = (rx.ActorUnavailableError, rx.ActorDiedError, rx.GetTimeoutError)
 
@@ -57,6 +59,7 @@ class Client:
         keep_in(storage.root)
         self._controller: Any = None
         self._closed = False
+        self._lending: threading.Thread | None = None
         self._cpus = max(1, int(cluster_resources().get("CPU", 1)))
         self._controller = self._find_or_make()
         self.follower = Follower(storage, watch=self._watch, states=self._states)
@@ -85,8 +88,21 @@ class Client:
             )
             .remote(self.config, lease.id, self.environment, cpus)
         )
-        threading.Thread(target=_let_go, args=(lease, controller, anchor), daemon=True).start()
+        refs = [controller.ready.remote(), anchor.lease.remote()]
+        self._lending = threading.Thread(target=self._let_go, args=(lease, refs), name="lease", daemon=True)
+        self._lending.start()
         return controller
+
+    def _let_go(self, lease: LeasePort, refs: list[Any]) -> None:
+        """Hold the lease until the actors do, or this process ends."""
+        deadline = time.monotonic() + 120.0
+        try:
+            while not self._closed and time.monotonic() < deadline:
+                if len(ray.wait(refs, num_returns=len(refs), timeout=_LOOK_S)[0]) == len(refs):
+                    break
+        except Exception as error:
+            log.debug("the controller has not answered: %s", error)
+        lease.close()
 
     def call(self, method: str, *args: Any, timeout_s: float = _CALL_AGAIN_S) -> Any:
         """Call the controller, again while it is away. The method must bear being called twice.
@@ -156,17 +172,10 @@ class Client:
                 log.debug("draining: %s", error)
         self._closed = True
         self.follower.close()
+        if self._lending is not None:
+            self._lending.join(4 * _LOOK_S)
         if self.owns_ray and ray.is_initialized():
             ray.shutdown()
-
-
-def _let_go(lease: LeasePort, controller: Any, anchor: Any) -> None:
-    """Hold the lease until the actors do."""
-    try:
-        ray.get([controller.ready.remote(), anchor.lease.remote()], timeout=120.0)
-    except Exception as error:
-        log.debug("the controller has not answered: %s", error)
-    lease.close()
 
 
 # One client a process ---------------------------------------------------------------------------------------------
@@ -191,6 +200,7 @@ def connect(
     max_payload_bytes: int | None = None,
     pool_min: int = 1,
     pool_max: int | None = None,
+    max_pending: int | None = None,
     worker_wait_max_s: float = 1.0,
     log_level: str = "INFO",
     log_format: Literal["text", "json"] = "text",
@@ -212,6 +222,7 @@ def connect(
         opened = open_storage(storage)
         make_mark(opened, codec)
         owns_ray = ensure_ray(address, ray_options)
+        check_nodes(opened.root, opened.storage_id)
         config = RuntimeConfig(
             storage=opened.root,
             storage_id=opened.storage_id,
@@ -221,6 +232,7 @@ def connect(
             max_payload_bytes=max_payload_bytes,
             pool_min=pool_min,
             pool_max=pool_max,
+            max_pending=max_pending,
             worker_wait_max_s=worker_wait_max_s,
             log_level=log_level,
             log_format=log_format,

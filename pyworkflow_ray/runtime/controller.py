@@ -24,7 +24,14 @@ from typing import Any
 import ray
 
 from pyworkflow_ray.engine.events import CodeEnvironment, RunCreated
-from pyworkflow_ray.errors import FencedError, RunExistsError, RunNotFoundError, StorageError
+from pyworkflow_ray.errors import (
+    ConfigurationError,
+    FencedError,
+    RunExistsError,
+    RunNotFoundError,
+    StorageError,
+    TooManyRunsError,
+)
 from pyworkflow_ray.runtime import rebuild, taking
 from pyworkflow_ray.runtime.dispatcher import KEPT_NEWS, Dispatcher, Known
 from pyworkflow_ray.runtime.gauges import watch_gauges
@@ -97,9 +104,14 @@ class Controller(Dispatcher):
                 raise StorageError("the runtime is shutting down: no run is started", path=self.storage.root)
             for environment in {event.environment.key: event.environment for event in events}.values():
                 pool = self.pool_locked(environment)
-                self.changed.wait_for(lambda pool=pool: pool.held, timeout=60.0)  # type: ignore[misc]
+                if pool.broken:
+                    self.make_anchor_locked(pool)
+                self.changed.wait_for(lambda pool=pool: pool.held or pool.broken, timeout=60.0)  # type: ignore[misc]
+                if pool.broken:
+                    raise ConfigurationError(f"no run is started: its code environment can't be had: {pool.broken}")
                 if not pool.held:
                     raise StorageError("no anchor holds the lease: is Ray out of resources?", path=self.storage.root)
+        self._refuse_too_many(events)
         self._forget_removed(events)
         if any(event.hooks.get("alert") for event in events):
             self.observer.called()
@@ -119,6 +131,33 @@ class Controller(Dispatcher):
             for pool in touched.values():
                 self.pump_locked(pool)
         return answers
+
+    def _refuse_too_many(self, events: list[RunCreated]) -> None:
+        """Where runs come faster than they are executed, tell whoever brings more. Those that exist are no more."""
+        limit = self.config.max_pending
+        if limit is None:
+            return
+        with self.lock:
+            pending = sum(pool.waiting() for pool in self.pools.values())
+        if pending + len(events) <= limit:
+            return
+        new = sum(1 for event in events if not self._exists(event.run_id))
+        if new and pending + new > limit:
+            raise TooManyRunsError(
+                f"{new} run{'s are' if new > 1 else ' is'} not started: {pending} wait for a run actor already, and "
+                f"max_pending is {limit}. Nothing was written: start again later, or raise max_pending or pool_max",
+                pending=pending,
+                limit=limit,
+            )
+
+    def _exists(self, run_id: str) -> bool:
+        try:
+            self.storage.owner(run_id)
+        except RunNotFoundError:
+            return False
+        except StorageError as error:
+            log.debug("run %s: %s", run_id, error)  # creating it says what is wrong
+        return True
 
     def _forget_removed(self, events: list[RunCreated]) -> None:
         """What is still told of an older run of an id, which retention removed, must not be taken for the new one."""

@@ -42,6 +42,7 @@ KEPT_NEWS = 100_000
 _KEPT_RESULTS = 4_000
 _TICK_S = 1.0  # the clock may jump: due times are compared so often
 _START_FAILURES = 4
+_FRESH = "PYWORKFLOW_RUNTIME_ENV_TRY"  # a node's agent remembers for 10 minutes what it could not build: this differs
 
 
 @dataclass(slots=True, eq=False)
@@ -101,20 +102,27 @@ class Dispatcher:
     def make_anchor_locked(self, pool: Pool) -> None:
         env = pool.environment
         lease = self.lease.id if self.lease is not None else ""
+        pool.broken = ""
         restore(env, self.storage)
-        pool.anchor = make_anchor(self.config, env, lease, self.cpus, pool.least)
+        pool.anchor = make_anchor(self.config, env, lease, self.cpus, pool.least, pool.fresh)
         self.then(pool.anchor.hold.remote(lease), lambda f: self._anchor_holds(pool, f))
 
     def _anchor_holds(self, pool: Pool, future: Any) -> None:
         with self.lock:
-            if future.exception() is None:
+            error = future.exception()
+            if error is None:
                 pool.incarnation = future.result()
                 pool.held = True
                 self.changed.notify_all()
                 self.refresh_locked(pool)
+            elif faults.is_permanent(error):  # Ray can't build the runtime_env: the next run of it is another try
+                pool.broken = faults.environment_error(error, pool.environment.runtime_env)
+                pool.fresh = f"{time.time():.3f}"
+                self.changed.notify_all()
+                self._no_environment_locked(pool, pool.broken)
             else:
-                log.debug("anchor does not answer yet: %s", faults.first_line(future.exception()))
-                self.after_locked(0.2, lambda: self._anchor_again(pool, future.exception()))
+                log.debug("anchor does not answer yet: %s", faults.first_line(error))
+                self.after_locked(0.2, lambda: self._anchor_again(pool, error))
 
     def _anchor_again(self, pool: Pool, error: BaseException) -> None:
         with self.lock:
@@ -171,15 +179,15 @@ class Dispatcher:
             pool.grow_after = time.monotonic() + min(5.0, 0.1 * 2.0**pool.failures)
             log.warning("a run actor did not start: %s", faults.first_line(error))
             if pool.failures >= _START_FAILURES and not pool.slots:
-                self._no_environment_locked(pool, error)
+                self._no_environment_locked(pool, faults.first_line(error))
             self.after_locked(min(5.0, 0.1 * 2.0**pool.failures) + 0.01, lambda: self._pump(pool))
 
-    def _no_environment_locked(self, pool: Pool, error: BaseException) -> None:
+    def _no_environment_locked(self, pool: Pool, why: str) -> None:
         waiting = [*pool.urgent, *pool.queue]
         pool.urgent.clear()
         pool.queue.clear()
         for assignment in waiting:
-            self.pause_here(assignment, f"its code environment can't be had here: {faults.first_line(error)}")
+            self.pause_here(assignment, f"its code environment can't be had here: {why}")
 
     def pause_here(self, assignment: Assignment, why: str) -> None:
         """Pause a run that no run actor can take."""
@@ -224,9 +232,11 @@ class Dispatcher:
         if not self.rebuilt or self.draining:
             return
         if pool.environment.python != python_version() and pool.waiting():
-            error = RuntimeError(f"it needs Python {pool.environment.python}, this cluster runs {python_version()}")
-            self.after_locked(0.0, lambda: self._no_environment(pool, error))
+            why = f"it needs Python {pool.environment.python}, this cluster runs {python_version()}"
+            self.after_locked(0.0, lambda: self._no_environment(pool, why))
             return
+        if pool.broken and pool.waiting():
+            self.make_anchor_locked(pool)
         while pool.waiting():
             slot = pool.take_idle()
             if slot is None:
@@ -240,9 +250,9 @@ class Dispatcher:
                 if slot.executing:
                     slot.handle.contend.remote(contended)
 
-    def _no_environment(self, pool: Pool, error: BaseException) -> None:
+    def _no_environment(self, pool: Pool, why: str) -> None:
         with self.lock:
-            self._no_environment_locked(pool, error)
+            self._no_environment_locked(pool, why)
 
     def hand_out_locked(self, pool: Pool, slot: Slot, batch: list[Assignment]) -> None:
         """The one place where assignments leave. Empty: ask for the reports that another controller did not get."""
@@ -465,9 +475,14 @@ class Dispatcher:
                     pool.anchor.drop.remote(slot.key)
 
 
-def make_anchor(config: RuntimeConfig, environment: CodeEnvironment, lease: str, cpus: int, actors: int) -> Any:
-    """The anchor of this environment: made, or the one that is there."""
-    options: dict[str, Any] = {"runtime_env": environment.runtime_env} if environment.runtime_env else {}
+def make_anchor(
+    config: RuntimeConfig, environment: CodeEnvironment, lease: str, cpus: int, actors: int, fresh: str = ""
+) -> Any:
+    """The anchor of this environment: made, or the one that is there. fresh: of a try after one that failed."""
+    env = environment.runtime_env
+    if fresh:
+        env = {**env, "env_vars": {**(env.get("env_vars") or {}), _FRESH: fresh}}
+    options: dict[str, Any] = {"runtime_env": env} if env else {}
     cls = as_actor(Anchor, max_concurrency=2)
     with contextlib.suppress(ValueError):
         return ray.get_actor(anchor_name(config.storage_id, environment.key), namespace=NAMESPACE)

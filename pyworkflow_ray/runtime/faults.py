@@ -5,9 +5,13 @@ Pure but for ray's exception types. Called by `hosts` (a step's worker) and `con
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from ray import exceptions as rx
+
+from pyworkflow_ray.runtime.process import BlindNodeError
 
 LostCause = Literal["worker_died", "out_of_memory", "node_lost", "timeout_kill"]
 
@@ -30,6 +34,21 @@ def lost_step(error: BaseException) -> tuple[LostCause, bool]:
 def is_permanent(error: BaseException) -> bool:
     """Errors that no second try can help: the step can't be executed with these options."""
     return isinstance(error, (rx.RuntimeEnvSetupError, rx.TaskUnschedulableError, rx.AuthenticationError))
+
+
+def blind_node(error: BaseException | None) -> BlindNodeError | None:
+    """What a host says whose node does not reach the storage."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BlindNodeError) else None
+
+
+def environment_error(error: BaseException, runtime_env: Mapping[str, Any]) -> str:
+    """Why Ray could not build `runtime_env`, on one line and with what it names."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines[1:] if re.match(r"[A-Za-z_.]*(Error|Exception)\b", line)]
+    why = causes[-1] if causes else lines[0] if lines else type(error).__name__
+    named = ", ".join(f"{name}={runtime_env[name]}" for name in ("working_dir", "py_modules") if name in runtime_env)
+    return f"{why.rstrip('.')}{f' ({named})' if named else ''}"
 
 
 def lost_actor_is_charged(error: BaseException) -> bool:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.engine.events import CodeEnvironment
 from pyworkflow_ray.runtime.line import Address
@@ -32,12 +34,14 @@ _MAX_LINGERING = 2  # they hold threads of the actor that other hosts need
 
 @dataclass(slots=True)
 class Host:
-    """One submitted host task. `call`: what it executes now, since `handed_at` (monotonic; `handed_wall` UNIX)."""
+    """One submitted host task. `node`: where it is, once it has asked for a call. `call`: what it executes now, since
+    `handed_at` (monotonic; `handed_wall` UNIX)."""
 
     host_id: str
     shape: str
     ref: Any
     born: float | None = None
+    node: str = ""
     call: StepCall | None = None
     handed_at: float = 0.0
     handed_wall: float = 0.0
@@ -79,25 +83,27 @@ class Hosts:
         self._shapes: dict[str, _Shape] = {}
         self._hosts: dict[str, Host] = {}
         self._made = 0
+        self._blind: set[str] = set()
         self.contended = False
 
     # Calls ------------------------------------------------------------------------------------------------------
 
-    def offer_locked(self, call: StepCall) -> None:
-        """Queue a call. `balance_locked` then makes sure that somebody comes for it."""
-        shape = self._shape(call)
+    def offer_locked(self, call: StepCall, avoid: str = "") -> None:
+        """Queue a call. `balance_locked` then makes sure that somebody comes for it, from another node than `avoid`
+        where there is one."""
+        shape = self._shape(call, avoid)
         shape.calls.append(call)
         if shape.lingering and shape.arrived is not None:
             shape.arrived.notify()
 
-    def next_locked(self, host_id: str) -> StepCall | None:
+    def next_locked(self, host_id: str, node: str = "") -> StepCall | None:
         """The next call for this host, or None: it shall end. May wait for a moment, with the lock released."""
         host = self._hosts.get(host_id)
         if host is None:
             return None  # taken for dead: whatever it had has been given up
         shape = self._shapes[host.shape]
         if host.born is None:
-            host.born = time.monotonic()
+            host.born, host.node = time.monotonic(), node
             shape.coming -= 1
         host.call, host.stop, host.kill_at = None, False, None
         if self.contended and time.monotonic() - host.born > SLICE_S:
@@ -195,17 +201,25 @@ class Hosts:
             host.killed = True
         return [host.ref for host in due]
 
-    def _shape(self, call: StepCall) -> _Shape:
-        key = _shape_key(call.ray_options)
+    def _shape(self, call: StepCall, avoid: str = "") -> _Shape:
+        key = _shape_key(call.ray_options) + avoid
         shape = self._shapes.get(key)
         if shape is None:
-            shape = self._shapes[key] = _Shape(_task_options(call.ray_options))
+            options = _task_options(call.ray_options)
+            shape = self._shapes[key] = _Shape(_elsewhere(options, avoid) if avoid else options)
         return shape
+
+    def shun_locked(self, node_id: str) -> bool:
+        """No more hosts on a node that does not reach the storage; True: it was not known before."""
+        known = node_id in self._blind
+        self._blind.add(node_id)
+        return not known
 
     def _submit(self, key: str, shape: _Shape) -> None:
         self._made += 1
         host_id = f"h{self._made}"
-        task = as_task(host_steps, **{**shape.options, "name": f"steps:{host_id}"})
+        options = _never_on(shape.options, self._blind) if self._blind else shape.options
+        task = as_task(host_steps, **{**options, "name": f"steps:{host_id}"})
         host = Host(host_id, key, None)
         try:
             host.ref = task.remote(self._actor(), self._address, host_id, self._config, self._environment)
@@ -223,13 +237,44 @@ class Hosts:
         self._on_death(host_id, future.exception())
 
 
+_NODE_LABEL = "ray.io/node-id"  # Ray labels each node so
 _PLAIN = {"max_retries": 0, "retry_exceptions": False, "enable_task_events": False}
 
 
 def _task_options(given: dict[str, Any]) -> dict[str, Any]:
     options = {name: value for name, value in given.items() if name != "ray_remote_args" and value is not None}
     options.update(given.get("ray_remote_args") or {})
+    strategy = options.get("scheduling_strategy")
+    if isinstance(strategy, dict):  # as it is recorded
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(**strategy)
     return {"num_cpus": 1, **options, **_PLAIN}
+
+
+def _elsewhere(options: dict[str, Any], node_id: str) -> dict[str, Any]:
+    """The same, by preference on another node; what the user said of nodes comes first."""
+    selector = options.get("label_selector") or {}
+    if "scheduling_strategy" in options or "fallback_strategy" in options or _NODE_LABEL in selector:
+        return options
+    return {
+        **options,
+        "label_selector": {**selector, _NODE_LABEL: f"!{node_id}"},
+        "fallback_strategy": [{"label_selector": selector}],
+    }
+
+
+def _never_on(options: dict[str, Any], node_ids: set[str]) -> dict[str, Any]:
+    """The same, never on these nodes; where the user has named nodes, what they said stands."""
+    selector = options.get("label_selector") or {}
+    if "scheduling_strategy" in options or selector.get(_NODE_LABEL, "!")[0] != "!":
+        return options
+    never = f"!in({','.join(sorted(node_ids))})"
+    fallbacks = options.get("fallback_strategy")
+    return {
+        **options,
+        "label_selector": {**selector, _NODE_LABEL: never},
+        **({"fallback_strategy": [{"label_selector": {**(f.get("label_selector") or {}), _NODE_LABEL: never}}
+                                  for f in fallbacks]} if fallbacks else {}),
+    }  # fmt: skip
 
 
 def _shape_key(given: dict[str, Any]) -> str:

@@ -53,7 +53,7 @@ class Exchange:
         self,
         node: str,
         *,
-        step_done: Callable[[str, Outcome | None], StepCall | None],
+        step_done: Callable[[str, Outcome | None, str], StepCall | None],
         attend: Callable[[str, str, int, list[AttemptNote]], bool],
     ) -> None:
         self._step_done = step_done
@@ -115,8 +115,10 @@ class Exchange:
 class Line(Protocol):
     """A step host's end."""
 
-    def next(self, host_id: str, done: Outcome | None) -> StepCall | None:
-        """Hand over the outcome of the last call, get the next one; None: end. Raises where the run actor is gone."""
+    def next(self, host_id: str, done: Outcome | None, node: str = "") -> StepCall | None:
+        """Hand over the outcome of the last call, get the next one; None: end. Raises where the run actor is gone.
+
+        node: id of the host's node, said with the first question."""
         ...
 
     def note(self, host_id: str, position: str, dispatch: int, notes: Sequence[AttemptNote]) -> None:
@@ -148,8 +150,8 @@ class _SocketLine:
         self._calls = connect()
         self._aside: Connection | None = None
 
-    def next(self, host_id: str, done: Outcome | None) -> StepCall | None:
-        self._calls.send_bytes(_dumps(("next", (host_id, done))))
+    def next(self, host_id: str, done: Outcome | None, node: str = "") -> StepCall | None:
+        self._calls.send_bytes(_dumps(("next", (host_id, done, node))))
         call: StepCall | None = pickle.loads(self._calls.recv_bytes())
         return call
 
@@ -176,8 +178,8 @@ class _RayLine:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def next(self, host_id: str, done: Outcome | None) -> StepCall | None:
-        call: StepCall | None = ray.get(self._actor.step_done.remote(host_id, done))
+    def next(self, host_id: str, done: Outcome | None, node: str = "") -> StepCall | None:
+        call: StepCall | None = ray.get(self._actor.step_done.remote(host_id, done, node))
         return call
 
     def note(self, host_id: str, position: str, dispatch: int, notes: Sequence[AttemptNote]) -> None:

@@ -31,7 +31,8 @@ def anchor_name(storage_id: str, environment_key: str) -> str:
 class RuntimeConfig:
     """What every process of one storage must agree on; travels to each actor as it is made.
 
-    storage: path of the storage. pool_min, pool_max: warm and most run actors of one code environment. lease: id of
+    storage: path of the storage. pool_min, pool_max: warm and most run actors of one code environment.
+    max_pending: most runs that wait for a run actor; a submission that would make more is refused. lease: id of
     the lease of this Ray cluster; empty until the controller has one. compact_*, retain: see `upkeep`.
     telemetry: `OTEL_*` variables of the process that connected first, where they ask for traces or metrics.
     """
@@ -44,6 +45,7 @@ class RuntimeConfig:
     max_payload_bytes: int | None = None
     pool_min: int = 1
     pool_max: int | None = None
+    max_pending: int | None = None
     worker_wait_max_s: float = 1.0
     log_level: str = "INFO"
     log_format: Literal["text", "json"] = "text"

@@ -22,7 +22,12 @@ from ray.experimental import internal_kv
 
 from pyworkflow_ray.engine.events import CodeEnvironment
 from pyworkflow_ray.errors import PyWorkflowError
-from pyworkflow_ray.execution.environment import capture_environment, enter_environment, packaged_working_dir
+from pyworkflow_ray.execution.environment import (
+    capture_environment,
+    enter_environment,
+    import_roots,
+    packaged_working_dir,
+)
 
 log = logging.getLogger("pyworkflow_ray")
 
@@ -45,7 +50,8 @@ def capture(blobs: _Blobs) -> CodeEnvironment:
         data = _kept_by_ray(uri)
         if data is not None:
             packages[uri] = blobs.put_blob(data)
-    return capture_environment(runtime_env, working_dir=packaged_working_dir(runtime_env), packages=packages)
+    working_dir = packaged_working_dir(runtime_env) or _packed_from(runtime_env)
+    return capture_environment(runtime_env, working_dir=working_dir, packages=packages)
 
 
 def restore(environment: CodeEnvironment, blobs: _Blobs) -> None:
@@ -85,6 +91,24 @@ def _runtime_env() -> dict[str, Any]:
     except Exception:
         return {}
     return {key: value for key, value in env.items() if not key.startswith("_")}
+
+
+def _packed_from(runtime_env: Mapping[str, Any]) -> str | None:
+    """Of a driver that gave `ray.init` its own directory as working_dir: that directory, if it still is the package."""
+    uri = runtime_env.get("working_dir")
+    if not isinstance(uri, str) or not uri.startswith(_IN_CLUSTER):
+        return None
+    private = cast(Any, ray)._private
+    try:
+        from ray._private.runtime_env.packaging import get_uri_for_directory
+
+        excludes = private.ray_constants.get_runtime_env_default_excludes()
+        for directory in dict.fromkeys((os.getcwd(), *import_roots()[:1])):
+            if get_uri_for_directory(directory, include_gitignore=True, excludes=excludes) == uri:
+                return os.path.realpath(directory)
+    except (ImportError, AttributeError, OSError, ValueError) as error:
+        log.debug("which directory was packed as %s: %s", uri, error)
+    return None
 
 
 def _uris(runtime_env: Mapping[str, Any]) -> Iterator[str]:

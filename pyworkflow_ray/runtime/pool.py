@@ -41,7 +41,9 @@ class Slot:
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """urgent: runs that had an actor and lost it. failures: run actors in a row that did not start."""
+    """urgent: runs that had an actor and lost it. failures: run actors in a row that did not start.
+    broken: why Ray could not make the anchor; "": it could, or tries.
+    fresh: what tells the next try from one that failed."""
 
     environment: CodeEnvironment
     least: int
@@ -49,6 +51,8 @@ class Pool:
     anchor: Any = None
     incarnation: str = ""
     held: bool = False
+    broken: str = ""
+    fresh: str = ""
     slots: dict[str, Slot] = field(default_factory=dict)
     queue: deque[Assignment] = field(default_factory=deque)
     urgent: deque[Assignment] = field(default_factory=deque)

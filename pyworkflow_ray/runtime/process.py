@@ -15,6 +15,7 @@ from typing import Any
 from pyworkflow_ray.engine.calls import StepCall
 from pyworkflow_ray.engine.events import CodeRef, ErrorInfo, Kind
 from pyworkflow_ray.engine.logs import filter_replayed_lines
+from pyworkflow_ray.errors import ConfigurationError, StorageError
 from pyworkflow_ray.execution.code import load_step, load_workflow
 from pyworkflow_ray.execution.definitions import StepDefinition, WorkflowDefinition
 from pyworkflow_ray.execution.log_records import enrich
@@ -29,12 +30,23 @@ from pyworkflow_ray.storage.codec_mark import check_mark, load_hook
 from pyworkflow_ray.storage.port import StoragePort, open_storage
 
 
+class BlindNodeError(StorageError):
+    """This node has come since the storage was checked (`nodes`), and does not reach it. node: its whole id."""
+
+    def __init__(self, message: str, *, node: str = "") -> None:
+        super().__init__(message)
+        self.node = node
+
+
 class Process:
     """Storage, codec and names of this process, for one runtime configuration."""
 
     def __init__(self, config: RuntimeConfig) -> None:
         self.config = config
-        self.storage = open_storage(config.storage, create=False)
+        try:
+            self.storage = open_storage(config.storage, create=False)
+        except (ConfigurationError, StorageError) as error:
+            raise BlindNodeError(f"node {node_name()} does not see the storage: {error}", node=node_id()) from error
         self.shared = SharedObjects()
         self._codec: StorageCodec | None = None
         keep_in(self.storage.root)
@@ -132,6 +144,13 @@ def in_worker() -> bool:
 
     # asked for its context, a Ray that is not initialised would start a cluster
     return bool(ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
+
+
+def node_id() -> str:
+    """The node's id, whole; "" outside of Ray."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
 
 def node_name() -> str:

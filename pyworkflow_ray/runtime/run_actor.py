@@ -28,6 +28,7 @@ from pyworkflow_ray.engine.events import AttemptNote
 from pyworkflow_ray.engine.logs import filter_replayed_lines
 from pyworkflow_ray.engine.pausing import lost_too_often
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, FencedError, RunNotFoundError, StorageError
+from pyworkflow_ray.execution.freshness import note, refresh
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.records import FAST_S
 from pyworkflow_ray.observability.otel_settings import signals
@@ -35,11 +36,14 @@ from pyworkflow_ray.runtime import faults
 from pyworkflow_ray.runtime.active_run import ActiveRun
 from pyworkflow_ray.runtime.hosts import Host, Hosts
 from pyworkflow_ray.runtime.line import Exchange
+from pyworkflow_ray.runtime.local_steps import run_together
 from pyworkflow_ray.runtime.messages import NAMESPACE, ActorSpec, Assignment, Doing, RunReport, controller_name
 from pyworkflow_ray.runtime.packages import enter
 from pyworkflow_ray.runtime.process import enter_process
 from pyworkflow_ray.runtime.step_host import run_call
 from pyworkflow_ray.runtime.stuck import stuck_outcome
+from pyworkflow_ray.runtime.taking import activate
+from pyworkflow_ray.runtime.typed_ray import living_nodes
 
 log = logging.getLogger("pyworkflow_ray.run_actor")
 
@@ -61,7 +65,7 @@ class RunActor:
             self._broken = error
 
     def _start(self, spec: ActorSpec) -> None:
-        self._missing_roots = enter(spec.environment)
+        enter(spec.environment)
         self._process = enter_process(spec.config)
         self._measure = bool(signals(dict(spec.config.telemetry)).metrics)
         self._kept = self._process.shared.keep_here()
@@ -76,11 +80,13 @@ class RunActor:
         self._draining = False
         self._local_calls: deque[StepCall] = deque()
         self._interrupts: dict[tuple[str, int], Interrupt] = {}
-        self._helpers = ThreadPoolExecutor(8, thread_name_prefix="local-step")
+        self._is_local_busy = False  # this actor's own thread executes a local call
+        self._helpers = ThreadPoolExecutor(64, thread_name_prefix="local-step")
         self._inbox: queue.SimpleQueue[tuple[str, BaseException | None] | None] = queue.SimpleQueue()
         self._me: Any = None
         self._controller: Any = None
         self._exchange = Exchange(self._process.node, step_done=self._step_done, attend=self._attend)
+        self._lost_on: dict[tuple[str, str], str] = {}  # run and position of a step to the node that it was lost on
         self._hosts = Hosts(
             self._lock,
             spec.config,
@@ -209,8 +215,8 @@ class RunActor:
     # Called by step hosts, through the line -----------------------------------------------------------------------
 
     @ray.method(concurrency_group="steps")
-    def step_done(self, host_id: str, outcome: Outcome | None) -> StepCall | None:
-        return self._step_done(host_id, outcome)
+    def step_done(self, host_id: str, outcome: Outcome | None, node: str = "") -> StepCall | None:
+        return self._step_done(host_id, outcome, node)
 
     @ray.method(concurrency_group="control")
     def attend(self, host_id: str, position: str, dispatch: int, notes: list[AttemptNote]) -> bool:
@@ -225,12 +231,12 @@ class RunActor:
     def lend_object(self, digest: str) -> list[Any] | None:
         return self._kept.lend(digest)
 
-    def _step_done(self, host_id: str, outcome: Outcome | None) -> StepCall | None:
+    def _step_done(self, host_id: str, outcome: Outcome | None, node: str = "") -> StepCall | None:
         """Take the outcome of the host's last call, give it the next one; None: it shall end."""
         with self._lock:
             if outcome is not None:
                 self._outcome_locked(host_id, outcome)
-            call = self._hosts.next_locked(host_id)
+            call = self._hosts.next_locked(host_id, node)
             self._hosts.balance_locked()
             return call
 
@@ -295,14 +301,13 @@ class RunActor:
             for interrupt in self._interrupts.values():
                 interrupt.cancel()
             self._active = None
+            self._lost_on.clear()
             self._kept.clear()
             self._changed.notify_all()
             return run.report
 
     def _activate(self, given: Assignment) -> ActiveRun:
-        journal, events = self._process.storage.activate(
-            given.run_id, self._lease.id, first=given.first, after=given.after
-        )
+        journal, events = activate(self._process.storage, given, self._lease.id)
         who = (self._process.worker, self._process.node)
         return ActiveRun(given, journal, events, self, who=who, measure=self._measure)
 
@@ -313,10 +318,13 @@ class RunActor:
             return
         try:
             codec = self._process.codec
+            refresh()
             flow = self._process.load_workflow(run.created.code)
+            note()
         except Exception as error:
-            missing = f" Missing import roots: {', '.join(self._missing_roots)}." if self._missing_roots else ""
-            reason = "environment" if self._missing_roots or not isinstance(error, ConfigurationError) else "code"
+            gone = enter(self._spec.environment)  # asked now: this actor may be older than the loss
+            missing = f" Missing import roots: {', '.join(gone)}." if gone else ""
+            reason = "environment" if gone or not isinstance(error, ConfigurationError) else "code"
             message = (
                 f"run {run.run_id!r} is paused: the code of workflow {run.created.workflow!r} can't be loaded: {error}."
                 f"{missing} Restore it, then: pyworkflow-ray runs resume {run.run_id}"
@@ -342,7 +350,7 @@ class RunActor:
         if call.executor == "local":
             self._local_calls.append(call)
         else:
-            self._hosts.offer_locked(call)
+            self._hosts.offer_locked(call, self._lost_on.pop((call.run_id, call.position), ""))
 
     def look_again(self) -> None:
         self._inbox.put(None)
@@ -362,32 +370,60 @@ class RunActor:
     def _local_locked(self) -> None:
         """Execute the first local call in this thread, others in helpers; the lock is released meanwhile."""
         call = self._local_calls.popleft()
-        while self._local_calls:
-            other = self._local_calls.popleft()
-            self._interrupts[other.position, other.dispatch] = Interrupt()
-            self._helpers.submit(self._local_call, other)
         self._interrupts[call.position, call.dispatch] = Interrupt()
+        self._offload_locked()
+        self._is_local_busy = True
         self._lock.release()
         try:
             self._local_call(call)
         finally:
             self._lock.acquire()
+            self._is_local_busy = False
+
+    def _offload_locked(self) -> None:
+        """Local calls that this actor's own thread has no time for."""
+        if not self._local_calls:
+            return
+        calls = []
+        while self._local_calls:
+            call = self._local_calls.popleft()
+            interrupt = self._interrupts[call.position, call.dispatch] = Interrupt()
+            calls.append((call, interrupt))
+        self._helpers.submit(
+            run_together,
+            calls,
+            self._process,
+            apart=self._local_apart,
+            report=self._local_attempt,
+            done=self._local_done,
+        )
+
+    def _local_apart(self, call: StepCall) -> None:
+        self._helpers.submit(self._local_call, call)
 
     def _local_call(self, call: StepCall) -> None:
         interrupt = self._interrupts[call.position, call.dispatch]
 
         def report(note: AttemptNote) -> None:
-            with self._lock:
-                if self._is_active(call):
-                    self._active.record_locked(note)  # type: ignore[union-attr]
+            self._local_attempt(call, note)
 
         # the start of a local attempt is told by its end
         outcome = run_call(call, self._process, report=report, interrupt=interrupt, starts=False, gather_s=FAST_S)
+        self._local_done(call, outcome)
+
+    def _local_attempt(self, call: StepCall, note: AttemptNote) -> None:
+        with self._lock:
+            if self._is_active(call):
+                self._active.record_locked(note)  # type: ignore[union-attr]
+
+    def _local_done(self, call: StepCall, outcome: Outcome) -> None:
         with self._lock:
             self._interrupts.pop((call.position, call.dispatch), None)
             if self._is_active(call):
                 self._active.outcome_locked(outcome)  # type: ignore[union-attr]
                 self._hosts.balance_locked()
+                if self._is_local_busy:  # what follows from it need not wait for the call of that thread
+                    self._offload_locked()
             self._changed.notify_all()
 
     def _is_active(self, call: StepCall) -> bool:
@@ -445,6 +481,9 @@ class RunActor:
         host = self._hosts.get_locked(host_id)
         if host is None:
             return
+        blind = faults.blind_node(error)
+        if blind is not None and self._hosts.shun_locked(blind.node):
+            log.error("%s. No step is executed there", blind)
         if error is not None and faults.is_permanent(error):
             for call in self._hosts.refuse_locked(host):
                 self._refused_locked(call, error)
@@ -461,6 +500,8 @@ class RunActor:
             return
         cause, charged = ("worker_died", True) if error is None else faults.lost_step(error)
         message = "" if error is None else faults.first_line(error)
+        if host.node and len(living_nodes()) > 1:
+            self._lost_on[call.run_id, call.position] = host.node  # another node may do better
         active.lost_locked(call.position, call.dispatch, cause=cause, charged=charged, message=message)
 
     def _timed_out(self, active: ActiveRun, host: Host, call: StepCall) -> Outcome | None:

@@ -18,13 +18,15 @@ from typing import Any
 
 from pyworkflow_ray.engine.calls import Outcome, StepCall
 from pyworkflow_ray.engine.events import AttemptNote, CodeEnvironment
+from pyworkflow_ray.execution.definitions import StepDefinition
+from pyworkflow_ray.execution.freshness import note, refresh
 from pyworkflow_ray.execution.interrupt import Interrupt
 from pyworkflow_ray.execution.records import FAST_S, Records
 from pyworkflow_ray.execution.worker import execute_call
 from pyworkflow_ray.runtime.line import Address, Line, open_line
 from pyworkflow_ray.runtime.messages import RuntimeConfig
 from pyworkflow_ray.runtime.packages import enter
-from pyworkflow_ray.runtime.process import Process, enter_process
+from pyworkflow_ray.runtime.process import Process, enter_process, node_id
 
 _LOOK_S = 0.25  # between two questions whether the step shall stop
 
@@ -34,19 +36,21 @@ def host_steps(
 ) -> int:
     """Body of the Ray task. Returns how many calls it executed."""
     enter(environment)
+    refresh()
     process = enter_process(config)
     process.shared.keep_in(actor)
     watch = _watch_of_this_process()
     line = open_line(actor, address, process.node)
-    executed = 0
+    executed, node = 0, node_id()
     done: Outcome | None = None
     try:
         while True:
-            call = line.next(host_id, done)
+            call = line.next(host_id, done, "" if executed else node)
             if call is None:
                 return executed
             done = _execute(line, host_id, call, process, watch)
             executed += 1
+            note()
     finally:
         line.close()
 
@@ -79,23 +83,10 @@ def run_call(
     hold: Callable[[Records], None] | None = None,
 ) -> Outcome:
     """Load the step's code and execute the call; code that can't be loaded is a failed outcome. Never raises."""
-    started_at = time.time()
-    try:
-        step = process.load_step(call.code)
-        guard = process.guard(call)
-    except Exception as error:
-        return Outcome(
-            position=call.position,
-            dispatch=call.dispatch,
-            status="failed",
-            attempt=call.first_attempt,
-            error=process.failure(error, "permanent"),
-            why="code",
-            started_at=started_at,
-            ended_at=time.time(),
-            worker=process.worker,
-            node=process.node,
-        )
+    loaded = load_call(call, process)
+    if isinstance(loaded, Outcome):
+        return loaded
+    step, guard = loaded
     return execute_call(
         call,
         step,
@@ -110,6 +101,26 @@ def run_call(
         gather_s=gather_s,
         hold=hold,
     )
+
+
+def load_call(call: StepCall, process: Process) -> tuple[StepDefinition, Any] | Outcome:
+    """The call's step and its breaker, or the outcome that says why they can't be had. Never raises."""
+    started_at = time.time()
+    try:
+        return process.load_step(call.code), process.guard(call)
+    except Exception as error:
+        return Outcome(
+            position=call.position,
+            dispatch=call.dispatch,
+            status="failed",
+            attempt=call.first_attempt,
+            error=process.failure(error, "permanent"),
+            why="code",
+            started_at=started_at,
+            ended_at=time.time(),
+            worker=process.worker,
+            node=process.node,
+        )
 
 
 class _Watch:

@@ -21,12 +21,13 @@ from pyworkflow_ray.engine.events import (
     StepScheduled,
 )
 from pyworkflow_ray.engine.history import failed_positions
-from pyworkflow_ray.errors import ConfigurationError, FencedError, RunError, StorageError
+from pyworkflow_ray.errors import FencedError, RunError, StorageError
 from pyworkflow_ray.resilience.retry import spread
 from pyworkflow_ray.runtime.active_run import ActiveRun
 from pyworkflow_ray.runtime.messages import Assignment, Cause, RunReport
 from pyworkflow_ray.storage.journal import RETIRED
-from pyworkflow_ray.storage.lease import orphans
+from pyworkflow_ray.storage.lease import Orphan, Orphans, orphans
+from pyworkflow_ray.storage.port import JournalPort, StoragePort
 
 if TYPE_CHECKING:
     from pyworkflow_ray.runtime.dispatcher import Dispatcher
@@ -48,11 +49,27 @@ def standing(events: list[Event]) -> tuple[str, float | None]:
     return "pending", None
 
 
+def activate(storage: StoragePort, given: Assignment, lease: str) -> tuple[JournalPort, list[Event]]:
+    """Open the run's next epoch for the owner `lease`, which does not take back what was stolen from it.
+
+    Raises:
+        FencedError: another owner, who may live, has the run. StorageError and others: as `Storage.activate`.
+    """
+    after = given.after
+    if after is None and not given.first:
+        owner = storage.owner(given.run_id)
+        if owner.lease not in ("", RETIRED, lease) and owner.lease not in storage.lease_states(declare=False).dead:
+            raise FencedError(f"run {given.run_id!r} was taken by another owner (lease {owner.lease[:8]})")
+        after = owner.epoch  # exactly the next one: whoever takes the run between our look and our claim wins
+    journal, events = storage.activate(given.run_id, lease, first=given.first, after=after)
+    return journal, events
+
+
 def recover(controller: Dispatcher, steal: bool) -> list[str]:
-    """Take up what nobody holds. A paused run waits for a person still; it is not touched."""
-    if steal:
-        raise ConfigurationError("recover(steal=True) is not available in this version")
+    """Take up what nobody holds, or with `steal` what any other lease holds. A paused run waits for a person still."""
     found = orphans(controller.storage)
+    if steal:
+        _add_held(controller, found)
     for run_id, why in found.damaged.items():
         log.error("run %s is damaged and was left alone: %s", run_id, why)
     taken = []
@@ -79,6 +96,21 @@ def recover(controller: Dispatcher, steal: bool) -> list[str]:
         for (events, assignment), after_s in zip(overdue, spread(len(overdue), random.Random()), strict=True):
             controller.after_locked(after_s, functools.partial(enlist, controller, events, assignment))
     return taken
+
+
+def _add_held(controller: Dispatcher, found: Orphans) -> None:
+    """Runs of other, living owners too: their next append is refused, and they stop."""
+    mine = controller.lease.id if controller.lease is not None else ""
+    for run_id, lease in found.held.items():
+        if lease == mine:
+            continue
+        try:
+            owner = controller.storage.owner(run_id)
+        except StorageError as error:
+            found.damaged[run_id] = str(error)
+            continue
+        log.warning("run %s is taken from its owner (lease %s), which may live", run_id, lease[:8])
+        found.runs.append(Orphan(run_id, owner.epoch, owner.lease))
 
 
 def enlist(controller: Dispatcher, events: list[Event], assignment: Assignment) -> None:
@@ -208,7 +240,7 @@ def pause_run(controller: Dispatcher, given: Assignment, why: str) -> RunReport:
     """Pause a run from here, by an epoch of its own: no run actor can take it."""
     lease = controller.lease.id if controller.lease is not None else ""
     try:
-        journal, events = controller.storage.activate(given.run_id, lease, first=given.first, after=given.after)
+        journal, events = activate(controller.storage, given, lease)
         who = (controller.process.worker, controller.process.node)
         run = ActiveRun(given, journal, events, _Nobody(), who=who)
         message = f"run {given.run_id!r} is paused: {why}. Then: pyworkflow-ray runs resume {given.run_id}"

@@ -23,7 +23,7 @@ import psutil
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 90.0  # a bound on waiting, never a measure
+PATIENCE_S = float(os.environ.get("PATIENCE_S", "90"))  # a bound on waiting, never a measure
 QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
 
@@ -97,11 +97,17 @@ def head(*, cpus: int = 2, dashboard: bool = False, more: Mapping[str, str] | No
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment(more), cwd=temp)
     running = Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{web}", temp, process)
     try:
-        until(lambda: process.poll() is None and answers(gcs) and (not dashboard or answers(web)), "Ray answers")
+        until(lambda: process.poll() is not None or "Ray runtime started" in said(temp), "Ray has started")
+        assert process.poll() is None, said(temp)
+        until(lambda: not dashboard or answers(web), "the job server listens")
         yield running
     finally:
         running.kill()
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def said(temp: str) -> str:
+    return Path(f"{temp}/out").read_text(errors="replace")
 
 
 def answers(port: int) -> bool:

@@ -34,6 +34,8 @@ BAD_STEP_VALUES: dict[str, list[Any]] = {
     "num_cpus": [-1, "2", NAN, True],
     "num_gpus": [-0.5, "1", INF],
     "memory": [-1, "1GB"],
+    "memory_growth": [2, 0.5],  # without memory
+    "max_memory": [10**9],
     "resources": [{"a": -1}, {"a": "1"}, {1: 1}, ["a"], {"CPU": 1}, {"GPU": 1}, {"a": True}],
     "runtime_env": ["env.yaml", ["numpy"]],
     "scheduling_strategy": ["spread", 5, object()],
@@ -70,6 +72,8 @@ GOOD_STEP_VALUES: dict[str, list[Any]] = {
     "num_cpus": [None, 0, 0.5, 4],
     "num_gpus": [None, 0, 1],
     "memory": [None, 10**9],
+    "memory_growth": [None],
+    "max_memory": [None],
     "resources": [None, {}, {"licence": 1}],
     "runtime_env": [None, {"env_vars": {"A": "1"}}],
     "scheduling_strategy": [None, "SPREAD", "DEFAULT"],

@@ -31,7 +31,7 @@ class Owner:
         self.answers: list[StepCall | None] = [CALL, None]
         self.exchange = Exchange("here", step_done=self.step_done, attend=self.attend)
 
-    def step_done(self, host_id: str, outcome: Outcome | None) -> StepCall | None:
+    def step_done(self, host_id: str, outcome: Outcome | None, node: str = "") -> StepCall | None:
         self.told.append(("next", host_id, outcome))
         return self.answers.pop(0)
 
@@ -74,7 +74,7 @@ def test_a_host_gets_its_calls_and_hands_over_outcomes_after_the_attempts_before
 def test_the_thread_that_looks_after_a_call_is_answered_while_the_host_waits_for_its_next(owner: Owner) -> None:
     asked, answer = threading.Event(), threading.Event()
 
-    def step_done(host_id: str, outcome: Outcome | None) -> StepCall | None:
+    def step_done(host_id: str, outcome: Outcome | None, node: str) -> StepCall | None:
         asked.set()
         answer.wait(20)
         return None
@@ -115,7 +115,7 @@ def test_a_silent_stranger_holds_up_nobody(owner: Owner) -> None:
 
 
 def test_a_host_whose_run_actor_is_gone_is_told_so(owner: Owner) -> None:
-    def gone(host_id: str, outcome: Outcome | None) -> StepCall | None:
+    def gone(host_id: str, outcome: Outcome | None, node: str) -> StepCall | None:
         raise EOFError  # ends the connection, as the end of the process does
 
     exchange = Exchange("here", step_done=gone, attend=owner.attend)
