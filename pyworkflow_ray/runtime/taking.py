@@ -99,18 +99,25 @@ def recover(controller: Dispatcher, steal: bool) -> list[str]:
 
 
 def _add_held(controller: Dispatcher, found: Orphans) -> None:
-    """Runs of other, living owners too: their next append is refused, and they stop."""
+    """Runs of other, living owners too. The next epoch is ours at once, whenever a run actor of ours is free: from here
+    on their appends are refused, and they stop."""
     mine = controller.lease.id if controller.lease is not None else ""
     for run_id, lease in found.held.items():
         if lease == mine:
             continue
         try:
+            if standing(controller.storage.read_run(run_id).events)[0] == "paused":
+                continue
             owner = controller.storage.owner(run_id)
+            journal, _ = controller.storage.activate(run_id, mine, after=owner.epoch)
+            journal.close()
+        except FencedError:
+            continue  # somebody was faster
         except StorageError as error:
             found.damaged[run_id] = str(error)
             continue
         log.warning("run %s is taken from its owner (lease %s), which may live", run_id, lease[:8])
-        found.runs.append(Orphan(run_id, owner.epoch, owner.lease))
+        found.runs.append(Orphan(run_id, journal.epoch, mine))
 
 
 def enlist(controller: Dispatcher, events: list[Event], assignment: Assignment) -> None:

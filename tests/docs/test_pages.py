@@ -18,7 +18,17 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
 @pytest.mark.parametrize(
-    "page", ["breakers.md", "checkpoints.md", "damage.md", "migration.md", "payloads.md", "retries.md", "testing.md"]
+    "page",
+    [
+        "breakers.md",
+        "checkpoints.md",
+        "cluster.md",
+        "damage.md",
+        "migration.md",
+        "payloads.md",
+        "retries.md",
+        "testing.md",
+    ],
 )
 def test_the_blocks_of_the_page_do_what_it_says(page: str, tmp_path: Path) -> None:
     blocks = BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))

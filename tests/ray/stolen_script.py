@@ -42,7 +42,7 @@ async def held(folder: str, name: str) -> int:
 @pw.workflow
 async def sleeper(folder: str, name: str) -> int:
     first = await work(folder, name, 0)
-    await pw.sleep("8s")
+    await pw.sleep("20s")
     return first + await work(folder, name, 2)
 
 
@@ -55,13 +55,15 @@ def main(storage: str, temp: str, folder: str) -> None:
         "log_to_driver": False,
     }
     with pw.init(storage=storage, address="local", ray_options=options):
+        pw.start(sleeper.options(run_id="sleeper"), folder, "sleeper")
+        client = current()
+        assert client is not None
+        while client.call("states", None).get("sleeper") != "parked":
+            time.sleep(0.02)
         for number in range(3):  # two have run actors, one waits for one
             pw.start(held.options(run_id=f"held-{number}"), folder, f"held-{number}")
-        pw.start(sleeper.options(run_id="sleeper"), folder, "sleeper")
         print("started", flush=True)
         for line in sys.stdin:
-            client = current()
-            assert client is not None
             what = client.call("states", None) if line.strip() == "states" else [h.run_id for h in pw.recover()]
             print(json.dumps(what), flush=True)
 
