@@ -47,7 +47,7 @@ def check_nodes(root: str, storage_id: str) -> None:
     Path(marker).parent.mkdir(mode=0o700, exist_ok=True)
     Path(marker).write_text(storage_id)
     try:
-        blind = _ask(marker, storage_id, asked)
+        blind, seeing = _ask(marker, storage_id, asked)
     finally:
         Path(marker).unlink(missing_ok=True)
     if blind:
@@ -58,11 +58,11 @@ def check_nodes(root: str, storage_id: str) -> None:
             f"({nodes[node_id].get('NodeManagerAddress', '?')}){more} {why}. Runs and steps execute on every node, so "
             "each must reach the storage"
         )
-    internal_kv._internal_kv_put(_key(storage_id, root), json.dumps(sorted(good | asked.keys())).encode())
+    internal_kv._internal_kv_put(_key(storage_id, root), json.dumps(sorted(good | seeing)).encode())
 
 
-def _ask(marker: str, storage_id: str, nodes: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Nodes that do not see the marker, and what they see instead."""
+def _ask(marker: str, storage_id: str, nodes: dict[str, dict[str, Any]]) -> tuple[dict[str, str], set[str]]:
+    """Nodes that do not see the marker, and what they see instead; and those that see it."""
     look = {
         as_task(
             _look,
@@ -76,7 +76,7 @@ def _ask(marker: str, storage_id: str, nodes: dict[str, dict[str, Any]]) -> dict
     answered, silent = ray.wait(list(look), num_returns=len(look), timeout=_ANSWER_S)
     for ref in silent:
         log.warning("node %s has not said within %.0f s whether it sees the storage", look[ref][:12], _ANSWER_S)
-    blind = {}
+    blind, seeing = {}, set()
     for ref in answered:
         try:
             why = ray.get(ref)
@@ -85,7 +85,9 @@ def _ask(marker: str, storage_id: str, nodes: dict[str, dict[str, Any]]) -> dict
             continue
         if why:
             blind[look[ref]] = why
-    return blind
+        else:
+            seeing.add(look[ref])
+    return blind, seeing
 
 
 def _look(marker: str, storage_id: str) -> str:
