@@ -127,7 +127,6 @@ def test_it_travels_with_a_run_and_with_each_of_its_step_calls() -> None:
         storage_id="s",
         environment=CodeEnvironment(key="k", python="3.11"),
         codec=CODEC,
-        put_blob=lambda data: "sha",
     )
     kinds = created.kinds
     assert kinds == {f"{__name__}:Busy": "transient"}
