@@ -41,11 +41,11 @@ WEBHOOK, CALLBACK = "webhook", "callback"
 
 
 class Deliverer:
-    """See the module."""
+    """See the module. `calling`: the storage, codec and allow_pickle that a callback's process is told."""
 
-    def __init__(self, state: State, root: str, webhook: str | None) -> None:
+    def __init__(self, state: State, calling: dict[str, Any], webhook: str | None) -> None:
         self._state = state
-        self._root = root
+        self._calling = calling
         self._webhook = webhook
         self._wake = threading.Event()
         self._said: set[str] = set()
@@ -118,7 +118,7 @@ class Deliverer:
 
     def _call(self, body: dict[str, Any]) -> None:
         run_id = body.get("run_id") or self._state.recall("callback_run")
-        given = {"storage": self._root, "run_id": run_id, "alert": body}
+        given = {**self._calling, "run_id": run_id, "alert": body}
         code = "from pyworkflow_ray.runtime.alerts import call_main; call_main()"
         package = str(Path(__file__).parents[2])
         paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -151,6 +151,7 @@ def call_main() -> None:
     from pyworkflow_ray.execution.alerts import call_back
     from pyworkflow_ray.execution.environment import enter_environment
     from pyworkflow_ray.storage.codec import StorageCodec
+    from pyworkflow_ray.storage.codec_mark import load_hook
     from pyworkflow_ray.storage.storage import Storage
 
     given = json.load(sys.stdin)
@@ -158,4 +159,6 @@ def call_main() -> None:
     created = storage.read_run(given["run_id"]).events[0]
     assert isinstance(created, RunCreated)
     enter_environment(created.environment)
-    call_back(created, given["alert"], StorageCodec(storage))
+    hook = load_hook(given.get("codec"))
+    codec = StorageCodec(storage, hook=hook, allow_pickle=given.get("allow_pickle", True))
+    call_back(created, given["alert"], codec)

@@ -117,6 +117,8 @@ class ObserverProcess:
             "telemetry": dict(self._config.telemetry),
             "webhook": self._config.alert_webhook,
             "struggling_after": self._config.alert_struggling_after,
+            "codec": self._config.codec,
+            "allow_pickle": self._config.allow_pickle,
         }
         with contextlib.suppress(BrokenPipeError):
             child.stdin.write(json.dumps(about) + "\n")

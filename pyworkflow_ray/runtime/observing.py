@@ -86,6 +86,7 @@ class Observer:
         *,
         webhook: str | None = None,
         struggling_after: int = STRUGGLING_AFTER,
+        calling: dict[str, Any] | None = None,
     ) -> None:
         self._storage = storage
         self._state = state
@@ -95,7 +96,7 @@ class Observer:
         self._struggling_after = struggling_after
         self._breakers: dict[str, int] = {}
         self._breakers_at: Any = None
-        self.deliverer = Deliverer(state, storage.root, webhook)
+        self.deliverer = Deliverer(state, {"storage": storage.root, **(calling or {})}, webhook)
         self._runs: dict[str, Followed] = {}
         self._damaged: set[str] = set()
         self._spools: dict[str, int] = {}
@@ -411,6 +412,7 @@ def main() -> None:
         _meters(asked.metrics),
         webhook=given.get("webhook"),
         struggling_after=given.get("struggling_after", STRUGGLING_AFTER),
+        calling={"codec": given.get("codec"), "allow_pickle": given.get("allow_pickle", True)},
     )
     try:
         observer.begin()

@@ -213,6 +213,8 @@ def asked(base: str, query: str) -> list[Any]:
     try:
         answer = json.loads(get(f"{base}/query?{urllib.parse.urlencode({'query': query})}"))
     except urllib.error.HTTPError as error:
+        if error.code == 503:
+            return []  # it is starting
         raise AssertionError(f"{query}: {error.read().decode()}") from None
     except OSError:
         return []  # it is starting
