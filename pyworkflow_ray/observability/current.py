@@ -246,7 +246,7 @@ def processor(spool: Spool) -> Any:
                 if own == top or top not in self._top:
                     del self._ended[top]
                     self._place.pop(top, None)
-            spool.write({"place": place, "spans": [json.loads(span_data(one).to_json()) for one in group]})
+            spool.write({"place": place, "spans": [span_data(one).as_dict() for one in group]})
 
         def shutdown(self) -> None:
             return

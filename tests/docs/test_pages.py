@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyworkflow_ray.breaker import CircuitBreaker
+from pyworkflow_ray.observability.measures import INSTRUMENTS
 from pyworkflow_ray.resilience.breaker_table import diagram, table_text
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -25,6 +26,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
         "cluster.md",
         "damage.md",
         "migration.md",
+        "observability.md",
         "payloads.md",
         "retries.md",
         "testing.md",
@@ -55,3 +57,10 @@ def test_every_option_of_the_breaker_is_documented() -> None:
         name for name in inspect.signature(CircuitBreaker.__init__).parameters if name not in ("self", "options")
     ]
     assert [name for name in options if f"`{name}`" not in page] == []
+
+
+def test_every_metric_is_documented() -> None:
+    page = (DOCS / "observability.md").read_text(encoding="utf-8")
+    assert [
+        name for name, one in INSTRUMENTS.items() if f"| `{name}` | {one.kind} | {one.unit} | {one.text} |" not in page
+    ] == []
