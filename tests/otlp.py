@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ class Receiver:
     port: int
     spans: list[Received] = field(default_factory=list)
     metrics: list[Any] = field(default_factory=list)
+    alerts: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     refusing: bool = False
     refused: int = 0
@@ -60,6 +62,10 @@ class Receiver:
             with self.lock:
                 self.metrics.append(request)
             return ExportMetricsServiceResponse().SerializeToString()
+        if path == "/alert":
+            with self.lock:
+                self.alerts.append(json.loads(body))
+            return b""
         assert path == "/v1/traces", path
         request = ExportTraceServiceRequest.FromString(body)
         with self.lock:

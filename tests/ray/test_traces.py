@@ -36,6 +36,7 @@ def start_runs(storage: Path, folder: Path, receiver: Receiver, count: int, port
         OTEL_EXPORTER_OTLP_HEADERS="x-team=shop",
         OTEL_SERVICE_NAME="shop",
         PYWORKFLOW_LOG_FORMAT="json",
+        PYWORKFLOW_ALERT_WEBHOOK=f"{receiver.endpoint}/alert",
         OTEL_RESOURCE_ATTRIBUTES="deployment.environment.name=test",
         OTEL_METRICS_EXPORTER="prometheus",
         OTEL_EXPORTER_PROMETHEUS_HOST="127.0.0.1",
@@ -79,7 +80,7 @@ def test_no_span_is_lost_none_comes_twice_and_none_is_an_orphan(ray_cluster: Non
             worker = int(trace_flows.lines(own, trace_flows.GATED)[0].split()[0])
             kill(worker if number % 2 else owner)
             until(lambda own=own: len(trace_flows.lines(own, trace_flows.GATED)) > 1, "another executes the step")
-        runs = [f"traced-{number}" for number in range(RUNS)]
+        runs = [*(f"traced-{number}" for number in range(RUNS)), "declined-0"]
         state = State(storage.root)
         until(lambda: all(is_sent(state, storage, run_id) for run_id in runs), "what there is was sent")
         (observer,) = observers(root)  # between two batches: within one it would be sent again, with the same ids
@@ -97,9 +98,11 @@ def test_no_span_is_lost_none_comes_twice_and_none_is_an_orphan(ray_cluster: Non
         told = {s.span_id for run_id in runs for s in trace_spans(storage.read_run(run_id).events)}
         assert told <= set(ids), "a span was lost"
         assert [s.name for s in spans if s.parent_id not in ids and s.parent_id != caller] == []
-        assert sum(span.parent_id == caller for span in spans) == RUNS
-        check_what_was_told(receiver, storage, folder, ids, runs)
-        check_logs(runs, trace_id, ids)
+        assert sum(span.parent_id == caller for span in spans) == len(runs)
+        check_what_was_told(receiver, storage, folder, ids, runs[:RUNS])
+        check_logs(runs[:RUNS], trace_id, ids)
+        until(lambda: receiver.alerts, "the webhook is told")
+        assert [(one["what"], one["run_id"]) for one in receiver.alerts] == [("run_failed", "declined-0")]
         until(lambda: 'pyworkflow_breaker="traced-pay"' in scrape(port), "the breaker is seen")
         until(lambda: "pyworkflow_journal_commit_duration_seconds_count" in scrape(port), "commits are measured")
 

@@ -64,10 +64,10 @@ async def traced(folder: str) -> int:
 
 
 @pw.step
-def one(number: int) -> int:
-    return number
+def decline(order: str) -> None:
+    raise ValueError(f"{order} is declined")
 
 
-@pw.workflow(name="plain-three")
-async def three(number: int) -> int:
-    return await one(number) + await one(number) + await one(number)
+@pw.workflow(name="declined")
+async def declined(order: str) -> None:
+    await decline(order)

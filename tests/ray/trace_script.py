@@ -23,6 +23,7 @@ def main(storage: str, address: str, folder: str, count: str) -> None:
         for number in range(int(count)):
             (Path(folder) / str(number)).mkdir()
             pw.start(trace_flows.traced.options(run_id=f"traced-{number}"), str(Path(folder) / str(number)))
+        pw.start(trace_flows.declined.options(run_id="declined-0"), "o-1")
         context = span.get_span_context()
     print(f"{context.trace_id:032x} {context.span_id:016x}", flush=True)
 
