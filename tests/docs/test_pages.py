@@ -25,6 +25,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
         "checkpoints.md",
         "cluster.md",
         "damage.md",
+        "health.md",
         "migration.md",
         "observability.md",
         "payloads.md",
