@@ -102,17 +102,17 @@ def doctor(
 def _print(screen: Screen, settings: list[Setting], checks: list[Check], advice: list[Advice]) -> None:
     from pyworkflow_ray.observability.health import MARKS
 
-    screen.line(", ".join(f"{name} {version}" for name, version in versions().items()))
+    screen.wrapped("", ", ".join(f"{name} {version}" for name, version in versions().items()))
     screen.line()
     screen.table(("SETTING", "VALUE", "ORIGIN"), [[one.name, one.value, one.origin] for one in settings])
     screen.line()
     for check in checks:
         screen.marked(MARKS[check.status], f"{check.name}: {check.why}", _style(check))
         if check.remedy:
-            screen.line(f"  do    {check.remedy}")
+            screen.wrapped("  do    ", check.remedy)
     for one in advice:
         screen.marked("!", f"{one.about}: {one.message}", "yellow")
-        screen.line(f"  do    {one.remedy}")
+        screen.wrapped("  do    ", one.remedy)
 
 
 def _style(check: Check) -> str | None:
@@ -122,8 +122,9 @@ def _style(check: Check) -> str | None:
 def print_findings(screen: Screen, findings: list[Finding]) -> None:
     screen.line()
     for finding in findings:
-        screen.marked(f"{finding.where}:", f"{finding.rule}: {finding.message}", "yellow")
-        screen.line(f"  do    {finding.remedy}")
+        screen.marked(f"{finding.where}:", finding.rule, "yellow")
+        screen.wrapped("  what  ", finding.message)
+        screen.wrapped("  do    ", finding.remedy)
     count = len(findings)
     screen.line(f"{count} mistake{'' if count == 1 else 's'} found" if count else "no mistakes found", "dim")
 

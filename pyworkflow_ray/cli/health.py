@@ -88,7 +88,7 @@ def _print(screen: Screen, report: HealthReport, as_json: bool) -> None:
         screen.table(COLUMNS[:3], [row[:3] for row in rows], [STATE_STYLES[check.status] for check in report.checks])
         for check in report.checks:
             if check.remedy:
-                screen.line(f"do     {check.name}: {check.remedy}", "dim")
+                screen.wrapped(f"do     {check.name}: ", check.remedy, "dim")
         return
     screen.table(COLUMNS, rows, [STATE_STYLES[check.status] for check in report.checks])
 

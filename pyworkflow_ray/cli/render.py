@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter
 
-from pyworkflow_ray.cli.screen import STYLES, Screen, glyph
+from pyworkflow_ray.cli.screen import NO_BREAK, STYLES, Screen, glyph
 from pyworkflow_ray.durations import format_duration
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.observability import text
@@ -31,15 +31,15 @@ def run_list(screen: Screen, views: list[RunView], *, more: bool = False) -> Non
     first = next((v for v in views if v.state not in ("completed", "cancelled")), views[0])
     hint = f"runs show {first.run_id}"
     if "retrying" in counts and len(counts) > 1:
-        hint += " · runs list --retrying"
-    screen.line(f"{total}        {hint}", "dim")
+        hint = f"{hint} · runs list --retrying"
+    screen.wrapped("", f"{total}        {hint.replace(' ', NO_BREAK)}", "dim")
 
 
 def run_show(screen: Screen, view: RunView, zone: dt.tzinfo, *, every: bool = False) -> None:
     """Verdict, why, next; input and output; the steps; what acts."""
     _head(screen, view, zone)
     for label, value in text.value_lines(view):
-        screen.line(f"  {label:<5} {value}")
+        screen.wrapped(f"  {label:<5} ", value)
     rows, states = text.step_rows(view), [step.state for step in view.steps]
     hidden = 0
     if screen.terminal and not every and len(rows) > FOLD_AFTER:
@@ -50,7 +50,7 @@ def run_show(screen: Screen, view: RunView, zone: dt.tzinfo, *, every: bool = Fa
         screen.table(text.STEP_COLUMNS, rows, list(states))
     if hidden:
         screen.line(f"({hidden} completed steps are not shown: --all)", "dim")
-    screen.line("do     " + " · ".join(view.commands), "dim")
+    screen.commands(view.commands)
 
 
 def _head(screen: Screen, view: RunView, zone: dt.tzinfo) -> None:
@@ -62,9 +62,9 @@ def _head(screen: Screen, view: RunView, zone: dt.tzinfo) -> None:
         if index == 0:
             screen.marked(label, line, STYLES.get(view.state))
         else:
-            screen.line(f"  {label:<5} {line}")
+            screen.wrapped(f"  {label:<5} ", line)
     for note in view.notes:
-        screen.line(f"  note  {note}", "yellow")
+        screen.wrapped("  note  ", note, "yellow")
 
 
 def step_show(
@@ -101,7 +101,7 @@ def step_show(
     if last is not None and last.traceback:
         for line in last.traceback.rstrip().splitlines():
             screen.line(f"    {line}", "dim")
-    screen.line(f"do     runs show {view.run_id} · runs events {view.run_id} --step {step.number}", "dim")
+    screen.commands((f"runs show {view.run_id}", f"runs events {view.run_id} --step {step.number}"))
 
 
 def run_timeline(screen: Screen, view: RunView, zone: dt.tzinfo) -> None:
@@ -112,7 +112,7 @@ def run_timeline(screen: Screen, view: RunView, zone: dt.tzinfo) -> None:
     for bar, step in zip(bars, view.steps, strict=False):
         screen.bar(bar, failed=step.state == "failed")
     screen.line(bars[-1], "dim")
-    screen.line("do     " + " · ".join(c for c in view.commands if "timeline" not in c), "dim")
+    screen.commands(c for c in view.commands if "timeline" not in c)
 
 
 def run_events(screen: Screen, view: RunView, events: list[ev.Event], zone: dt.tzinfo) -> None:
@@ -133,7 +133,7 @@ def run_events(screen: Screen, view: RunView, events: list[ev.Event], zone: dt.t
     screen.table(EVENT_COLUMNS, rows)
     for note in view.notes:
         screen.line(f"note   {note}", "yellow")
-    screen.line(f"do     runs show {view.run_id} · runs events {view.run_id} --json", "dim")
+    screen.commands((f"runs show {view.run_id}", f"runs events {view.run_id} --json"))
 
 
 def detail(event: ev.Event, view: RunView, zone: dt.tzinfo) -> str:

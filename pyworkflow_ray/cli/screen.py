@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from typing import IO, Any
 
 from pyworkflow_ray.observability.text import RIGHT, columns
@@ -34,7 +35,11 @@ STYLES = {
 MARK_STYLES = {"█": "green", "▓": "red", "░": "dim", "·": "dim", "↯": "magenta", "▒": "blue"}
 # Columns that a narrow terminal may cut, in this order, and to how many characters. Ids and numbers stay whole, and
 # what is cut here is whole in `show`, in --json and off a terminal.
-SHRINK = (("WHY", 12), ("OUTCOME", 12), ("ERROR", 12), ("DETAIL", 12), ("NEXT", 8), ("STEP", 8), ("WORKFLOW", 8))
+SHRINK = (
+    *((name, 12) for name in ("WHY", "OUTCOME", "ERROR", "DETAIL", "REASON", "VALUE")),
+    *((name, 8) for name in ("NEXT", "STEP", "WORKFLOW")),
+)
+NO_BREAK = "\u00a0"
 FLEXIBLE = {name for name, _ in SHRINK}
 
 
@@ -72,6 +77,27 @@ class Screen:
         """One line, never cut. Control characters in it are escaped: messages are other people's."""
         shown = self.encodable(text)
         self.stream.write((self._styled(shown, style) if style and self.colour and shown else shown) + "\n")
+
+    def wrapped(self, label: str, text: str, style: str | None = None) -> None:
+        """A labelled line. On a terminal too narrow for it the rest stands below its beginning; elsewhere it is one
+        line. A no-break space keeps together what it joins."""
+        import textwrap
+
+        lines = [label + text]
+        if self.terminal:
+            lines = textwrap.wrap(
+                label + text,
+                max(self.width, 40),
+                subsequent_indent=" " * len(label),
+                break_long_words=False,
+                break_on_hyphens=False,
+            ) or [label]
+        for line in lines:
+            self.line(line.replace(NO_BREAK, " "), style)
+
+    def commands(self, commands: Iterable[str]) -> None:
+        """The commands that act, each kept whole."""
+        self.wrapped("do     ", " · ".join(command.replace(" ", NO_BREAK) for command in commands), "dim")
 
     def raw(self, text: str) -> None:
         """Text for machines, as it is."""
@@ -126,6 +152,7 @@ class Screen:
             for i in (i for i, other in enumerate(names) if other == name and over > 0):
                 given = min(over, max(0, widths[i] - max(least, len(name))))
                 widths[i], over = widths[i] - given, over - given
+        shown = [[_cut(cell, widths[i], self.encodable("…")) for i, cell in enumerate(row)] for row in shown]
         total = sum(widths) + 2 * (len(names) - 1)
         table = Table(box=None, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True)
         for i, name in enumerate(names):
@@ -182,6 +209,13 @@ class Screen:
 
     def flush(self) -> None:
         self.stream.flush()
+
+
+def _cut(cell: str, width: int, end: str) -> str:
+    """rich's own ellipsis is one character, and three where the stream has no Unicode."""
+    from rich.cells import cell_len, set_cell_size
+
+    return cell if cell_len(cell) <= width else set_cell_size(cell, max(0, width - len(end))) + end
 
 
 def glyph(state: str) -> str:

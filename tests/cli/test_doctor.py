@@ -279,7 +279,7 @@ def test_a_module_is_read_and_not_run_and_mistakes_exit_with_1(
     result = invoke(*arguments, ".")
     assert {one["rule"] for one in json.loads(result.stdout)["findings"]} == {"no-timeout", "syntax"}
     result = invoke(*arguments[:-1], "docshop")
-    assert f"docshop.py:{LINES + 2}: no-timeout: f calls requests.get" in result.stdout
+    assert f"docshop.py:{LINES + 2}: no-timeout\n  what  f calls requests.get" in result.stdout
     assert result.stdout.splitlines()[-1] == "1 mistake found"
 
 

@@ -25,6 +25,7 @@ from pyworkflow_ray.observability.live import Drawing, Told, bar, block
 from pyworkflow_ray.observability.model import RunView
 from pyworkflow_ray.watching import RunList, looks, view_of
 from tests.cli.conftest import completed_step, payload
+from tests.cli.test_reading import on_terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = '<script>alert("x")</script>'
@@ -315,3 +316,39 @@ def test_views_are_the_views_of_explain(handles: Callable[..., RunList[Any]]) ->
     (run,) = handles("order-41")
     assert isinstance(view_of(run), RunView)
     assert view_of(run).verdict == run.explain().verdict
+
+
+def screens(shop: Any) -> list[list[str]]:
+    storage = ["--storage", str(shop.root)]
+    return [
+        ["runs", "list", *storage],
+        ["runs", "show", "order-42", *storage],
+        ["runs", "show", "order-41", "--step", "1", *storage],
+        ["runs", "timeline", "order-42", *storage],
+    ]
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_every_screen_fits_a_terminal_and_loses_nothing(shop: Any, columns: int, encoding: str) -> None:
+    for arguments in screens(shop):
+        shown = on_terminal(arguments, columns, PYTHONIOENCODING=encoding, NO_COLOR="1")
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+        assert all(len(line) <= columns for line in plain.splitlines()), plain
+        plain.encode(encoding)
+        words = " ".join(plain.split())
+        assert arguments[2] in words or arguments[1] == "list"
+        if arguments[1:3] == ["show", "order-42"]:
+            assert "(same error 4" in words
+            assert "then charge fails" in words
+            assert re.search(r"runs cancel order-42$", plain.strip())  # a command is never broken
+
+
+def test_off_a_terminal_no_line_is_broken(
+    shop: Any, invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = invoke(*screens(shop)[1]).stdout
+    (next_,) = [line for line in shown.splitlines() if line.startswith("  next")]
+    assert next_.endswith("then charge fails")
+    assert "\u00a0" not in shown
