@@ -40,12 +40,14 @@ def test_the_set_up_command_installs_this_package(tmp_path: Path) -> None:
     assert command == 'pip install "pyworkflow-ray[objectstore]"'
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "wheels")]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    install = [sys.executable, "-m", "pip", *command.replace('"', "").split()[1:], "--no-deps", "--no-index"]
-    install += ["--find-links", str(tmp_path / "wheels"), "--target", str(tmp_path / "site"), "--quiet"]
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")  # in the place of its name, which a registry knows once it is out
+    name = command.removeprefix("pip install ").strip('"').replace("pyworkflow-ray", str(wheel))
+    install = [sys.executable, "-m", "pip", "install", name, "--no-deps", "--no-index", "--quiet"]
+    install += ["--target", str(tmp_path / "site")]
     subprocess.run(install, check=True, capture_output=True, timeout=120)
     said = subprocess.run(
         [sys.executable, "-c", "import pyworkflow_ray; print(pyworkflow_ray.__file__)"],
-        env={**environment(), "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=True,
+        cwd=tmp_path, env={**environment(), "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert said.stdout.startswith(str(tmp_path / "site"))
 
