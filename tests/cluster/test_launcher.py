@@ -47,7 +47,8 @@ def test_the_set_up_command_installs_this_package(tmp_path: Path) -> None:
     subprocess.run(install, check=True, capture_output=True, timeout=120)
     said = subprocess.run(
         [sys.executable, "-c", "import pyworkflow_ray; print(pyworkflow_ray.__file__)"],
-        cwd=tmp_path, env={**environment(), "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=True,
+        cwd=tmp_path, env={**environment(), "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert said.stdout.startswith(str(tmp_path / "site"))
 

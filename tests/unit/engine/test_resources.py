@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 import pyworkflow_ray as pw
+from pyworkflow_ray.engine.commands import Dispatch
+from pyworkflow_ray.engine.events import StepLost
 from pyworkflow_ray.engine.resources import ask_for
 from pyworkflow_ray.execution.options import check_step_options
+from tests.unit.engine.test_driver import Run
 
 GIB = 2**30
 
@@ -40,3 +43,25 @@ def test_growth_without_end_stays_a_number_that_ray_takes() -> None:
 def test_what_makes_no_sense_is_refused_as_the_decorator_runs(options: dict[str, object], named: str) -> None:
     with pytest.raises(pw.ConfigurationError, match=named):
         check_step_options(options)
+
+
+@pw.step(memory=GIB, memory_growth=2, max_memory=3 * GIB, max_recoveries=5)
+async def greedy() -> str:
+    return "done"
+
+
+async def flow() -> str:
+    return await greedy()
+
+
+def test_a_step_is_dispatched_again_with_more_memory_after_each_kill_for_want_of_it_and_no_other() -> None:
+    run = Run(flow)
+    asked = []
+    for dispatch, cause in enumerate(("out_of_memory", "worker_died", "out_of_memory"), 1):
+        run.do("lost", "1", dispatch, cause=cause, charged=True)
+        event = next(e for e in reversed([*run.events, *run.driver._lazy]) if isinstance(e, StepLost))
+        run.now = event.retry_at
+        run.do("tick")
+        asked.append(run.of(Dispatch)[-1].call.ray_options)
+    assert asked == [{"memory": 2 * GIB}, {"memory": 2 * GIB}, {"memory": 3 * GIB}]
+    assert run.driver.history.steps["1"].event.ray_options["memory_growth"] == 2  # recorded: every owner grows it alike
