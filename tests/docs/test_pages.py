@@ -30,6 +30,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
         "observability.md",
         "payloads.md",
         "retries.md",
+        "sql.md",
         "testing.md",
     ],
 )
