@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,38 +88,3 @@ def test_run_and_recover_from_the_command_line(terminal: Terminal) -> None:
     assert (shown["status"], pw.get_run(shown["run_id"]).result(0)) == ("completed", 11)
     out, err = recover.communicate(timeout=PATIENCE_S)
     assert (recover.returncode, json.loads(out)) == (0, []), err
-
-
-@pytest.mark.slow
-def test_run_shows_what_it_is_at_on_a_terminal_and_news_in_a_log(terminal: Terminal, tmp_path: Path) -> None:
-    ledger, gate = tmp_path / "ledger", tmp_path / "gate"
-    given = json.dumps({"ledger": str(ledger), "gate": str(gate), "gated": 2})
-    parent, child = pty.openpty()
-    address = ray.get_runtime_context().gcs_address
-    run = subprocess.Popen(
-        [sys.executable, "-m", "pyworkflow_ray", "run", "flows:ten", "--input", given],
-        cwd=HERE,
-        env={**os.environ, "RAY_ADDRESS": address, "PYWORKFLOW_STORAGE": str(terminal.storage), "TERM": "xterm"},
-        stdout=subprocess.PIPE, stderr=child,
-    )  # fmt: skip
-    os.close(child)
-    terminal.begun.append(run)  # type: ignore[arg-type]
-    seen = b""
-    while b"running numbered" not in seen or b"steps 2 of 3" not in seen:
-        seen += os.read(parent, 65536)
-    gate.touch()
-    out, _ = run.communicate(timeout=PATIENCE_S)
-    os.close(parent)
-    assert (run.returncode, out) == (0, b"45\n")  # the result alone
-    assert b"\x1b[J" in seen  # drawn over, and over again
-
-
-@pytest.mark.slow
-def test_a_log_is_told_of_a_failed_attempt_and_of_parking(terminal: Terminal, tmp_path: Path) -> None:
-    run = terminal.begin("run", "flows:flagged", "--input", json.dumps({"flag": str(tmp_path / "flag"), "far": True}))
-    assert run.stderr is not None
-    lines = [run.stderr.readline()]
-    while not any("parked until" in line for line in lines):
-        lines.append(run.stderr.readline())
-    assert any("retries_far attempt 1 of 2 failed: ConnectionError: no flag" in line for line in lines)
-    assert not any("\x1b" in line for line in lines)
