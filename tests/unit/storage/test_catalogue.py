@@ -239,3 +239,18 @@ def test_verify_takes_runs_on_their_way_for_no_damage(storage: Storage) -> None:
     compact(storage)  # and moved
     add(storage, ["late"])
     assert verify(storage).damaged == []
+
+
+def test_a_look_at_the_unfinished_runs_does_not_pass_all_that_ended() -> None:
+    found = Catalogue.create(":memory:", "storage")
+    part = found.add_part("runs.parquet")
+    found.add(catalogue.Row(f"run-{n:05}", n, "flow", "completed", "{}", part) for n in range(5_000))
+    found.put_live(
+        [catalogue.LiveRow(catalogue.Row(run_id, 1, "flow", "running", "{}"), "") for run_id in ("run-00042", "live")]
+    )
+    found.seal()
+    steps = []
+    found.connection.set_progress_handler(lambda: steps.append(1), 100)  # called every 100 instructions of SQLite
+    assert found.live_in_parts() == {"run-00042"}
+    assert len(steps) < 10, "it looks at each ended run"
+    found.close()
