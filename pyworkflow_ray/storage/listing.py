@@ -79,6 +79,8 @@ class Stock:
 def page(storage: StoragePort, query: Query, limit: int | None = None) -> Page:
     """The newest `limit` runs that `query` takes. Damaged runs are named whatever it asks for.
 
+    Unfinished ones that were read before and did not fit are not looked at again, and their damage is not seen.
+
     Raises:
         StorageError: the storage can't be listed. CorruptJournalError: a checkpoint is damaged.
     """

@@ -468,7 +468,14 @@ class Storage:
 
     def unlist_finished(self, run_id: str) -> bool:
         """Take a run that has ended out of the index, as `Journal.finish` does; False where it has not ended."""
-        view = self._view(run_id)
+        try:
+            view = self._view(run_id)
+        except RunNotFoundError:
+            compacted = self._read_compacted(run_id)  # it ended and moved since the caller met it
+            if compacted is None:
+                raise
+            self._unlist(run_id, self.index.entries(run_id, compacted.epoch))
+            return True
         if view.standing.finished:
             self._unlist(run_id, {0, view.standing.since_epoch, *self.index.entries(run_id, view.accepted.newest)})
         return view.standing.finished

@@ -26,6 +26,13 @@ def until(look: Callable[[], T], what: str, patience_s: float = PATIENCE_S) -> T
         time.sleep(0.005)
 
 
+def controller_pid() -> int:
+    """The controller of the storage that this process is connected to; a cluster has one for each storage."""
+    import pyworkflow_ray as pw
+
+    return int(until(lambda: pw.health()["controller"].details.get("pid"), "the controller answers"))
+
+
 def descendants(title: str = "", root: int | None = None) -> list[int]:
     """Living processes that descend from this one (or `root`) and carry `title`."""
     found = []

@@ -16,6 +16,7 @@ import pytest
 import ray
 from click.testing import CliRunner
 
+from pyworkflow_ray import connection
 from pyworkflow_ray.cli.main import cli
 from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.storage.codec_mark import make_mark
@@ -83,6 +84,12 @@ def test_no_byte_of_a_secret_lies_in_the_storage_compacted_or_not(told: tuple[Pa
     compact(Storage.open(root))
     assert list((root / "checkpoints").rglob("*.parquet"))
     assert leaks(root) == []
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line reads its settings as in a process of its own, whatever this one has initialised."""
+    monkeypatch.setattr(connection, "_settings", None)
 
 
 def invoke(*args: str, codec: str | None) -> Any:

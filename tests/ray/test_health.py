@@ -12,9 +12,12 @@ from pathlib import Path
 import flows
 import pytest
 import ray
-from processes import descendants, kill, until
+from processes import controller_pid, descendants, kill, until
 
 import pyworkflow_ray as pw
+from pyworkflow_ray.resilience.breaker import BreakerEvent, BreakerState
+from pyworkflow_ray.resilience.breaker_settings import full_name
+from pyworkflow_ray.runtime import breaker_admin
 
 pytestmark = pytest.mark.ray
 
@@ -37,8 +40,12 @@ def one(title: str) -> int:
     return found[0]
 
 
-def controller_pid() -> int:
-    return int(until(lambda: pw.health()["controller"].details.get("pid"), "the controller answers"))
+@pytest.fixture(scope="module", autouse=True)
+def no_breaker_of_others_is_open(runtime: Path) -> None:
+    """Other tests of this cluster leave theirs open, which health tells."""
+    for row in breaker_admin.rows()[0]:
+        if row.view.state is not BreakerState.CLOSED:
+            breaker_admin.force(full_name(row.name, row.key), BreakerEvent.RESET)
 
 
 @pytest.fixture(autouse=True)

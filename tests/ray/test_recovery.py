@@ -18,7 +18,7 @@ from pathlib import Path
 import deadly_flows
 import flows
 import pytest
-from processes import descendants, end_all, kill, lives, until
+from processes import controller_pid, descendants, end_all, kill, lives, until
 
 import pyworkflow_ray as pw
 from pyworkflow_ray.engine.events import TERMINAL, RunActivated, RunPaused, StepCompleted, StepLost
@@ -102,10 +102,10 @@ def test_runs_go_on_and_start_while_the_controller_is_killed_under_load(tmp_path
     held = pw.start(flows.ten, str(ledger), str(gate), 4)
     until(lambda: len(flows.lines(ledger)) == 5, "the gated step runs")
     handles = pw.start_many(flows.three, [(i,) for i in range(20)])
-    (controller,) = descendants("ray::Controller")
+    controller = controller_pid()
     kill(controller)
     handles += pw.start_many(flows.three, [(i,) for i in range(20, 40)])
-    assert descendants("ray::Controller") != [controller]
+    assert controller_pid() != controller
     gate.touch()
     assert held.result(120) == 45
     assert [handle.result(120) for handle in handles] == [2 * i + 1 for i in range(40)]
@@ -120,8 +120,7 @@ def test_runs_go_on_and_start_while_the_controller_is_killed_under_load(tmp_path
 def test_a_parked_run_is_woken_by_the_restarted_controller() -> None:
     handle = pw.start(flows.sleeper, 4)
     until(lambda: handle.status() == "parked", "it is parked")
-    (controller,) = descendants("ray::Controller")
-    kill(controller)
+    kill(controller_pid())
     assert handle.result(120) == 3
 
 

@@ -254,3 +254,12 @@ def test_a_look_at_the_unfinished_runs_does_not_pass_all_that_ended() -> None:
     assert found.live_in_parts() == {"run-00042"}
     assert len(steps) < 10, "it looks at each ended run"
     found.close()
+
+
+def test_run_that_was_compacted_since_it_was_met_leaves_the_index_too(storage: Storage) -> None:
+    add(storage, ["done"])
+    compact(storage)
+    storage.index.add("done", 0)  # as a power loss brings it back
+    storage.index.add("done", 1)  # and as somebody does who is about to resume it
+    assert storage.unlist_finished("done")
+    assert storage.index.entries("done", 5) == [1]
