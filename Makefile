@@ -36,7 +36,7 @@ unit: setup ## tests without Ray, half a minute
 	$(PYTEST) tests/unit tests/property tests/cli -m "not ray and not slow"
 
 # Two processes side by side: the tests on Ray mostly wait, the others mostly compute. Each tells its result at its end.
-test: setup ## all tests but the slow ones, with Ray, up to 10 minutes
+test: setup ## all tests but the slow ones, with Ray: a quarter of an hour on 2 cores
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-ray test-others
 
 test-ray: setup
