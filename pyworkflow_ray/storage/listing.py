@@ -79,14 +79,14 @@ class Stock:
 def page(storage: StoragePort, query: Query, limit: int | None = None) -> Page:
     """The newest `limit` runs that `query` takes. Damaged runs are named whatever it asks for.
 
-    Unfinished ones that were read before and did not fit are not looked at again, and their damage is not seen.
+    With a limit only those met on the way to it: no page looks at all unfinished runs for the sake of damage.
 
     Raises:
         StorageError: the storage can't be listed. CorruptJournalError: a checkpoint is damaged.
     """
 
     def ask(found: _Listing) -> Page:
-        return _page(found.rows(query), limit, found.damaged)
+        return _page(found.rows(query, everywhere=limit is None), limit, found.damaged)
 
     if not isinstance(storage, Storage):
         rows, damaged = scan(storage, query)
@@ -193,13 +193,14 @@ class _Listing:
         self.fresh.append(row)
         return row
 
-    def rows(self, query: Query) -> Iterator[Row]:
+    def rows(self, query: Query, *, everywhere: bool) -> Iterator[Row]:
+        """everywhere: also look at unfinished runs that did not fit when they were last read: they may be damaged."""
         ended = (row for row in self.catalogue.newest(query) if row.run_id not in self.ids)
-        return heapq.merge(self._unfinished(query), ended, key=lambda row: row.key, reverse=True)
+        return heapq.merge(self._unfinished(query, everywhere), ended, key=lambda row: row.key, reverse=True)
 
-    def _unfinished(self, query: Query) -> Iterator[Row]:
+    def _unfinished(self, query: Query, everywhere: bool) -> Iterator[Row]:
         whatever = Query(None, query.workflow, query.attributes, query.since, query.before)
-        known = [live for live in self.live.values() if whatever.takes(live.run)]
+        known = [live for live in self.live.values() if everywhere or whatever.takes(live.run)]
         for live in sorted(known, key=lambda live: live.run.key, reverse=True):
             as_it_is = live if _unchanged(self.storage, live) else self.read(live.run.run_id)
             if as_it_is is not None and query.takes(as_it_is.run):

@@ -288,7 +288,7 @@ def test_storage_that_one_node_has_alone_is_refused(nodes: Nodes, tmp_path: Path
         nodes.drive(BLIND, tmp_path / "shared")  # what all of them see is taken
     finally:
         process.terminate()
-        process.wait(120)  # `ray start --block` ends its processes one after another
+        process.wait(30)
         until(lambda: alive(nodes) == 3, "the node has left")
         shutil.rmtree(temp, ignore_errors=True)
 
