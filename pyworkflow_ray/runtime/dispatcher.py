@@ -30,6 +30,7 @@ from pyworkflow_ray.runtime import faults, taking
 from pyworkflow_ray.runtime.anchor import Anchor
 from pyworkflow_ray.runtime.answers import Answers
 from pyworkflow_ray.runtime.messages import NAMESPACE, Assignment, RunReport, RuntimeConfig, anchor_name
+from pyworkflow_ray.runtime.nodes import fate
 from pyworkflow_ray.runtime.packages import restore
 from pyworkflow_ray.runtime.pool import Pool, Slot
 from pyworkflow_ray.runtime.process import enter_process
@@ -168,6 +169,7 @@ class Dispatcher:
             error = future.exception()
             if error is None:
                 pool.failures = 0
+                slot.node = future.result()
                 if slot.batch is None:
                     slot.batch = {}
                     slot.since = time.monotonic()
@@ -291,6 +293,23 @@ class Dispatcher:
         slot.batch = {}
         log.info("a run actor was lost with %d runs: %s", len(lost), faults.first_line(error))
         charged = faults.lost_actor_is_charged(error)
+        if not (lost and charged and slot.node):
+            self._ask_anchor_locked(pool, slot, lost, charged)
+            return
+        look = threading.Thread(target=self._look_at_node, args=(pool, slot, lost), name="node's fate", daemon=True)
+        look.start()
+
+    def _look_at_node(self, pool: Pool, slot: Slot, lost: list[Assignment]) -> None:
+        """A thread of its own: it may wait for a second, and nobody is charged for a node's end."""
+        try:
+            charged = fate(slot.node) == "lives"
+        except Exception:
+            log.exception("what became of node %s could not be found out: its runs are charged", slot.node[:12])
+            charged = True
+        with self.lock:
+            self._ask_anchor_locked(pool, slot, lost, charged)
+
+    def _ask_anchor_locked(self, pool: Pool, slot: Slot, lost: list[Assignment], charged: bool) -> None:
         made_by = slot.incarnation
         self.then(pool.anchor.incarnation.remote(), lambda f: self._resume_lost(pool, lost, charged, made_by, f))
 

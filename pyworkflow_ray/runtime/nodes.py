@@ -1,9 +1,11 @@
-"""Whether every node of the cluster sees the storage: a marker that the driver writes and each node looks for.
+"""What is asked of nodes: whether each sees the storage, and what became of one.
 
-Called by `client` as it connects. A path can exist on each node and be another directory on each: a local disk, a home
-that is not shared. A run actor or step there would find no storage, or another. Such a cluster is refused at once, by
-the name of path and node, as Ray Train does. Nodes that were found good are remembered by the cluster (its key-value
-store), so later drivers ask only those that have come since.
+`check_nodes` is called by `client` as it connects: a marker that the driver writes and each node looks for. A path can
+exist on each node and be another directory on each: a local disk, a home that is not shared. A run actor or step there
+would find no storage, or another. Such a cluster is refused at once, by the name of path and node, as Ray Train does.
+Nodes that were found good are remembered by the cluster (its key-value store), so later drivers ask only those that
+have come since.
+`fate` is called by `dispatcher`, `was_drained` by `run_actor`, to tell a run's or step's own doing from its node's.
 
 Faults: a node dies or is slow to answer (it is logged and left alone: the first step there would tell).
 """
@@ -13,21 +15,56 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pyworkflow_ray.errors import ConfigurationError
-from pyworkflow_ray.runtime.typed_ray import as_task, living_nodes
+from pyworkflow_ray.runtime.typed_ray import all_nodes, as_task, draining_nodes, living_nodes
 
 log = logging.getLogger("pyworkflow_ray")
 
 _ANSWER_S = 60.0
 _KEY = "pyworkflow_ray:seen:"
+_CONNECT_S = 1.0
+_DRAINED = (3, 4)  # NodeDeathInfo.Reason in Ray's gcs.proto: drained because preempted, because idle
+
+Fate = Literal["lives", "drained", "gone"]
+
+
+def fate(node_id: str) -> Fate:
+    """What became of a node: "drained" where that was asked for, even if it still lives.
+
+    Ray counts a node as alive until its health checks have failed (15 s by default), but tells at once that an actor
+    on it has died. Its raylet is asked: no connection within a second means that the node is gone. May wait so long.
+    """
+    if was_drained(node_id):
+        return "drained"
+    node = _find(node_id)
+    if node is None or not node.get("Alive"):
+        return "gone"
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _CONNECT_S).close()
+    except OSError:
+        return "gone"
+    return "lives"
+
+
+def was_drained(node_id: str) -> bool:
+    """Whether somebody has asked for the end of this node: a drain, a preemption."""
+    if node_id in draining_nodes():  # asked first: a node that ends meanwhile leaves these for the table of the dead
+        return True
+    node = _find(node_id)
+    return node is not None and node.get("DeathReason") in _DRAINED
+
+
+def _find(node_id: str) -> dict[str, Any] | None:
+    return next((node for node in all_nodes() if node.get("NodeID") == node_id), None)
 
 
 def check_nodes(root: str, storage_id: str) -> None:

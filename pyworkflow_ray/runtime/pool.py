@@ -23,7 +23,7 @@ IDLE_S = 60.0  # a run actor that nobody needed for so long is let go
 class Slot:
     """One run actor, made by that incarnation of its anchor.
 
-    batch: what it has and has not reported; None: still starting.
+    batch: what it has and has not reported; None: still starting. node: where it is, once it has started.
     """
 
     key: str
@@ -33,6 +33,7 @@ class Slot:
     executing: bool = False
     since: float = field(default_factory=time.monotonic)
     size: int = 0
+    node: str = ""
 
     @property
     def idle(self) -> bool:

@@ -38,6 +38,7 @@ from pyworkflow_ray.runtime.hosts import Host, Hosts
 from pyworkflow_ray.runtime.line import Exchange
 from pyworkflow_ray.runtime.local_steps import run_together
 from pyworkflow_ray.runtime.messages import NAMESPACE, ActorSpec, Assignment, Doing, RunReport, controller_name
+from pyworkflow_ray.runtime.nodes import was_drained
 from pyworkflow_ray.runtime.packages import enter
 from pyworkflow_ray.runtime.process import enter_process
 from pyworkflow_ray.runtime.step_host import run_call
@@ -126,11 +127,11 @@ class RunActor:
                 self._reports.append(report)
 
     @ray.method(concurrency_group="control")
-    def ready(self) -> int:
-        """Its pid; raises what kept it from starting."""
+    def ready(self) -> str:
+        """The id of its node; raises what kept it from starting."""
         if self._broken is not None:
             raise self._broken
-        return os.getpid()
+        return str(ray.get_runtime_context().get_node_id())
 
     @ray.method(concurrency_group="control")
     def doing(self) -> Doing:
@@ -502,6 +503,7 @@ class RunActor:
         message = "" if error is None else faults.first_line(error)
         if host.node and len(living_nodes()) > 1:
             self._lost_on[call.run_id, call.position] = host.node  # another node may do better
+        charged = charged and not (host.node and was_drained(host.node))
         active.lost_locked(call.position, call.dispatch, cause=cause, charged=charged, message=message)
 
     def _timed_out(self, active: ActiveRun, host: Host, call: StepCall) -> Outcome | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import ray
+from ray._private import state
 
 
 def as_actor(cls: type, **options: Any) -> Any:
@@ -23,5 +24,15 @@ def cluster_resources() -> dict[str, float]:
     return dict(cast(Any, ray.cluster_resources)())
 
 
+def all_nodes() -> list[dict[str, Any]]:
+    """Those that have left the cluster too."""
+    return list(cast(Any, ray.nodes)())
+
+
 def living_nodes() -> list[dict[str, Any]]:
-    return [node for node in cast(Any, ray.nodes)() if node.get("Alive")]
+    return [node for node in all_nodes() if node.get("Alive")]
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are being drained. Ray has no public call for it."""
+    return set(cast(Any, state.state).get_draining_nodes())
