@@ -14,7 +14,7 @@ unexport PIP_REQUIRE_VIRTUALENV PIP_CONSTRAINT UV_CONSTRAINT UV_OVERRIDE UV_EXCL
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo unit test test-ray test-others test-all soak sim check bench lock clean
+.PHONY: help setup demo docs unit test test-ray test-others test-all soak sim check bench lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ check: setup ## format, lint, types, order of imports
 	$(BIN)/lint-imports
 	$(PYTEST) -q tests/unit/test_layers.py
 
+docs: setup ## the documentation site, in build/docs; a warning is an error, and no network is used
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "open build/docs/index.html"
+
 bench: $(VENV)/.bench ## throughput, latency, start-up and recovery beside bare Ray: table and JSON
 	$(BIN)/python -m benchmarks.runs
 
@@ -72,4 +76,4 @@ lock: setup ## write requirements/*.lock anew from pyproject.toml
 	./requirements/compile
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .hypothesis .import_linter_cache
