@@ -14,7 +14,7 @@ unexport PIP_REQUIRE_VIRTUALENV PIP_CONSTRAINT UV_CONSTRAINT UV_OVERRIDE UV_EXCL
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs unit test test-ray test-others test-all soak sim check bench lock clean
+.PHONY: help setup demo demo-record docs unit test test-ray test-others test-all soak sim check bench lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ $(VENV)/.complete: requirements/uv.lock requirements/dev.lock pyproject.toml
 
 demo: setup ## a few hundred orders against failing services, killed with SIGKILL on the way: under 90 s
 	$(BIN)/pyworkflow-ray demo
+
+demo-record: setup ## the demo on a terminal of fixed size, recorded and drawn: docs/demo.cast, docs/demo.svg
+	$(BIN)/python docs/recording docs/demo --command '$(BIN)/pyworkflow-ray demo --dir {dir}' \
+		--shown 'pyworkflow-ray demo --dir /tmp/demo' --speed 6
 
 unit: setup ## tests without Ray, half a minute
 	$(PYTEST) tests/unit tests/property tests/cli -m "not ray and not slow"

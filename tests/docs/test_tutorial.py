@@ -51,8 +51,9 @@ def environment(shop: Path) -> dict[str, str]:
 
 
 def plain(output: str) -> list[str]:
-    """Its lines without what differs from run to run: times, and the width they take."""
-    lines = [re.sub(r"started .*|\b[\d.]+(ms|s|m|h)\b", "", line) for line in output.splitlines()]
+    """Its lines without what differs from run to run: times, the width they take, and how often an owner was lost."""
+    varying = r"started .*|\b[\d.]+(ms|s|m|h)\b|(?<=\d )recover(y|ies)|\d(?= recover)"
+    lines = [re.sub(varying, "", line) for line in output.splitlines()]
     return [" ".join(line.split()) for line in lines]
 
 
