@@ -289,7 +289,7 @@ class CircuitBreaker:
     def snapshot(self) -> BreakerSnapshot:
         """State, counts, rates and settings now, asked of the breaker itself. Asks for no call."""
         circuit = self._circuit()
-        return _snapshot(circuit, circuit.look(), self._settings)
+        return snapshot_of(circuit.name, circuit.key, circuit.look(), self._settings)
 
     def force_open(self) -> None:
         """Refuse every call until `reset()` or `force_closed()`, in all processes; returns once it holds."""
@@ -410,12 +410,13 @@ def _restore(name: str, settings: dict[str, Any], counts: Any = None, key: str |
     return breaker if key is None else breaker.key(key)
 
 
-def _snapshot(circuit: Circuit, view: View, declared: BreakerSettings) -> BreakerSnapshot:
+def snapshot_of(name: str, key: str | None, view: View, declared: BreakerSettings) -> BreakerSnapshot:
+    """name: the whole one, of a key "payments[host-7]"."""
     settings = view.configured or declared
     judged = settings.windowed and view.calls > 0
     return BreakerSnapshot(
-        name=circuit.name,
-        key=circuit.key,
+        name=name,
+        key=key,
         state=view.state,
         reason=view.reason,
         generation=view.generation,

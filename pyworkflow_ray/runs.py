@@ -221,15 +221,11 @@ def list_runs(
 
 def _before(storage: StoragePort, before: str | RunHandle[Any] | None) -> tuple[int, str] | None:
     """The place in the list that `before` means; text is `microseconds/run id` or a run id."""
-    from pyworkflow_ray.storage.listing import find
+    from pyworkflow_ray.reading import place_in_list
 
     if before is None:
         return None
-    text = before.run_id if isinstance(before, RunHandle) else before
-    micros, slash, run_id = text.partition("/")
-    if slash and micros.isdecimal():
-        return int(micros), check_run_id(run_id)
-    return find(storage, check_run_id(text)).key
+    return place_in_list(storage, before.run_id if isinstance(before, RunHandle) else before)
 
 
 def as_completed(handles: Iterable[RunHandle[R]], timeout: Duration | None = None) -> Iterator[RunHandle[R]]:

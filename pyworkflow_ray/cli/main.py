@@ -25,6 +25,7 @@ COMMANDS = {
     "storage": "pyworkflow_ray.cli.admin:storage",
     "breakers": "pyworkflow_ray.cli.breakers:breakers",
     "health": "pyworkflow_ray.cli.health:health",
+    "dashboard": "pyworkflow_ray.cli.dashboard:dashboard",
     "doctor": "pyworkflow_ray.cli.doctor:doctor",
 }
 

@@ -1,7 +1,8 @@
 """A run in a notebook: the same three lines and table, tracebacks in `<details>`, the timeline as inline SVG.
 
 Pure. No script, no external file, readable with styles stripped; every text is escaped, for run ids, messages and
-values are other people's. Called by `RunView._repr_html_` and handles.
+values are other people's. Called by `RunView._repr_html_` and handles; the dashboard has the timeline from here, and
+gives its rectangles other colours by their classes.
 """
 
 from __future__ import annotations
@@ -79,31 +80,34 @@ def _tracebacks(view: m.RunView) -> list[str]:
 def timeline_svg(view: m.RunView, tz: dt.tzinfo = dt.UTC) -> str:
     """The timeline as one `<svg>`: a row a step, a rectangle a segment with its words as a `<title>`."""
     axis = axis_of(view)
-    height = ROW * (len(view.steps) + 1) + 4
+    top = 2 if axis.cuts else 1  # rows: the labels of cuts stand below the times, which they would cover
+    height = ROW * (len(view.steps) + top) + 4
     span = WIDTH - LABEL - 10
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        f'viewBox="0 0 {WIDTH} {height}" role="img" '
         f'font-family="monospace" font-size="11"><title>timeline of {escape(view.run_id)}</title>',
         f'<text x="{LABEL}" y="12">{escape(clock(view.created_at, view.now, tz))}</text>',
         f'<text x="{WIDTH - 10}" y="12" text-anchor="end">'
         f"{escape(clock(view.ended_at, view.now, tz) if view.ended_at else 'now')}</text>",
     ]
-    for row, step in enumerate(view.steps, start=1):
+    for row, step in enumerate(view.steps, start=top):
         y = ROW * row + 2
         parts.append(f'<text x="0" y="{y + 12}">{escape(f"{step.number} {step.name}"[:26])}</text>')
         for index, segment in enumerate(step.segments):
             left = LABEL + span * axis.place(segment.start)
             width = max(
-                2.0 if segment.kind not in ("queued", "waited") else 0.0, span * axis.place(segment.end) + LABEL - left
+                3.0 if segment.kind not in ("queued", "waited") else 0.0, span * axis.place(segment.end) + LABEL - left
             )
             last = index == len(step.segments) - 1
-            colour = ENDED if segment.kind == "failed" and last and step.state == "failed" else COLOURS[segment.kind]
+            ended = segment.kind == "failed" and last and step.state == "failed"
+            colour, kind = (ENDED, "failed ended") if ended else (COLOURS[segment.kind], segment.kind)
             words = segment.kind + (f", attempt {segment.attempt}" if segment.attempt else "")
             parts.append(
-                f'<rect x="{left:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 4}" fill="{colour}">'
+                f'<rect class="{kind}" x="{left:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 4}" fill="{colour}">'
                 f"<title>{escape(words)}</title></rect>"
             )
     for cut in axis.cuts:
         middle = LABEL + span * (axis.place(cut.start) + axis.place(cut.end)) / 2
-        parts.append(f'<text x="{middle:.1f}" y="12" text-anchor="middle">╱ {escape(cut.label)} ╱</text>')
+        parts.append(f'<text x="{middle:.1f}" y="{12 + ROW}" text-anchor="middle">╱ {escape(cut.label)} ╱</text>')
     return "".join([*parts, "</svg>"])

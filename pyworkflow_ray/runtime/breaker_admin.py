@@ -1,8 +1,8 @@
 """The breakers of a running cluster, for people: which there are, and to open, close and reset them.
 
-Called by the command line; calls the breakers' actors, and makes none. Faults: no cluster is running, or a breaker of
-this name has no actor (no process has used it): both are said. An actor that does not answer is left out of a list and
-named.
+Called by the command line and by `breakers`; calls the breakers' actors, and makes none. Faults: no cluster is running,
+or a breaker of this name has no actor (no process has used it): both are said. An actor that does not answer is left
+out of a list and named.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class BreakerRow:
     settings: BreakerSettings
 
 
-def connect(address: str | None) -> None:
-    """Connect to a Ray cluster that runs; start none.
+def connect(address: str | None, options: dict[str, Any] | None = None) -> None:
+    """Connect to a Ray cluster that runs, with these options of `ray.init`; start none.
 
     Raises:
         ConfigurationError: none runs, or nobody answers at the address.
@@ -45,10 +45,10 @@ def connect(address: str | None) -> None:
     if ray.is_initialized():
         return
     if address or os.environ.get("RAY_ADDRESS"):
-        ensure_ray(address)
+        ensure_ray(address, options)
         return
     try:
-        ensure_ray("auto")
+        ensure_ray("auto", options)
     except ConfigurationError:
         raise ConfigurationError(
             "no Ray cluster is running here, so no breaker is in force: give --address of one that runs elsewhere"

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "pyworkflow_ray"
 # From the top down: a room imports rooms of its own level or below. DESIGN.md's table of rooms, ARCHITECTURE.md's map.
 LEVELS: list[set[str]] = [
     {"cli", "__main__"},
-    {"demo"},
+    {"dashboard", "demo"},
     {"testing"},
     {"api"},
     {"runtime"},
@@ -41,6 +41,9 @@ NEVER: list[tuple[str, str]] = [
     ("testing", "runtime"),
     ("demo", "runtime"),
     ("demo", "testing"),
+    ("dashboard", "runtime"),
+    ("dashboard", "testing"),
+    ("dashboard", "demo"),
 ]
 
 HOMES: dict[str, set[str]] = {
@@ -49,6 +52,9 @@ HOMES: dict[str, set[str]] = {
     "pyarrow": {"storage"},
     "opentelemetry": {"observability"},
     "click": {"cli", "__main__"},
+    "starlette": {"dashboard"},
+    "uvicorn": {"dashboard"},
+    "jinja2": {"dashboard"},
 }
 
 PURE_ROOMS = {"engine", "resilience", "errors", "durations", "ids"}
