@@ -15,9 +15,9 @@ from starlette.testclient import TestClient
 from pyworkflow_ray.dashboard.app import Dashboard
 from pyworkflow_ray.dashboard.guard import Rules
 from pyworkflow_ray.storage.breaker_states import BreakerStates
-from tests.cli.conftest import Shop, empty, shop
+from tests.cli.conftest import Shop, empty, invoke, shop
 
-__all__ = ["empty", "shop"]
+__all__ = ["empty", "invoke", "shop"]
 
 NOBODY = "127.0.0.1:1"  # an address at which no Ray answers
 
