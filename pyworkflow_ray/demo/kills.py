@@ -1,8 +1,9 @@
 """Whom the demo kills, and the proof that they died.
 
-Called by `main`; calls the events' types and the operating system. `choose` is pure. A process is killed only if it is
-on this machine and its title says that it is a worker of Ray; it is held by a pidfd from before the look at its title
-until after its death, so a number that the system gave to another process meanwhile is never hit.
+Called by `main`; calls the events' types and the operating system. `choose` and `working` are pure. A process is killed
+only if it is on this machine and its title says that it is a worker of Ray; it is held by a pidfd from before the look
+at its title until after its death, so a number that the system gave to another process meanwhile is never hit. It is
+stopped before the last look at its work: on a slow machine a step may end between the look and the blow.
 
 Faults: a process that has ended by itself, or does not end in time, is a Kill with `gone=False`; nothing is raised.
 """
@@ -13,7 +14,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pyworkflow_ray.demo.tally import Kill, Role, pid_of
@@ -39,6 +40,11 @@ def choose(role: Role, histories: Iterable[Sequence[Event]], spared: frozenset[i
     run actor: owner of a run with a step under way. step worker: a worker that began a step and has not ended it.
     `spared` are not chosen (those killed before). None where nobody is in the middle of anything.
     """
+    return next((pid for _, pid in sorted(working(role, histories), reverse=True) if pid not in spared), None)
+
+
+def working(role: Role, histories: Iterable[Sequence[Event]]) -> list[tuple[float, int]]:
+    """Since when, and the pid, of every process of this role that is in the middle of its work, by the event log."""
     candidates: list[tuple[float, int]] = []
     for history in histories:
         if history and isinstance(history[-1], (*TERMINAL, RunParked, RunPaused)):
@@ -62,11 +68,14 @@ def choose(role: Role, histories: Iterable[Sequence[Event]], spared: frozenset[i
             candidates.append((history[-1].at, owner))
         elif role == "step worker":
             candidates.extend((at, pid) for at, pid in started.values() if pid is not None and pid != owner)
-    return next((pid for _, pid in sorted(candidates, reverse=True) if pid not in spared), None)
+    return candidates
 
 
-def strike(role: Role, pid: int, *, death_s: float = DEATH_S) -> Kill:
-    """SIGKILL a worker of Ray, and wait at most `death_s` seconds until it is gone."""
+def strike(role: Role, pid: int, *, still: Callable[[], bool] = lambda: True, death_s: float = DEATH_S) -> Kill | None:
+    """SIGKILL a worker of Ray, and wait at most `death_s` seconds until it is gone.
+
+    `still` is asked once it is stopped: where it says no, the process goes on, and None is returned.
+    """
     at = time.time()
     try:
         handle = os.pidfd_open(pid)
@@ -75,7 +84,14 @@ def strike(role: Role, pid: int, *, death_s: float = DEATH_S) -> Kill:
     try:
         if not _title(pid).startswith("ray::"):
             return Kill(role, pid, at, gone=False)
-        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        signal.pidfd_send_signal(handle, signal.SIGSTOP)
+        struck = False
+        try:
+            struck = still()
+        finally:
+            signal.pidfd_send_signal(handle, signal.SIGKILL if struck else signal.SIGCONT)
+        if not struck:
+            return None
         ended, _, _ = select.select([handle], [], [], death_s)
         return Kill(role, pid, at, gone=bool(ended))
     except ProcessLookupError:

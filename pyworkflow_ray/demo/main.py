@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pyworkflow_ray as pw
-from pyworkflow_ray.demo.kills import choose, descendant, strike
+from pyworkflow_ray.demo.kills import choose, descendant, strike, working
 from pyworkflow_ray.demo.orders import read_orders
 from pyworkflow_ray.demo.report import Report, report
 from pyworkflow_ray.demo.screen import Screen
@@ -32,6 +32,7 @@ from pyworkflow_ray.engine.events import Event
 
 LEDGER = "ledger.sqlite3"
 STORAGE = "storage"
+LOOKS = 20  # for a process in the middle of its work, before the next order is waited for
 # (share of the orders that are done, whom to kill then)
 PLAN: list[tuple[float, Role]] = [
     (0.10, "run actor"),
@@ -147,10 +148,19 @@ def _kill(role: Role, earlier: Sequence[Kill]) -> Kill | None:
     spared = frozenset(kill.pid for kill in earlier)
     if role == "controller":
         pid = descendant("controller")
-        pid = None if pid in spared else pid
-    else:
+        return None if pid is None or pid in spared else strike(role, pid)
+    for _ in range(LOOKS):
         pid = choose(role, _active(), spared)
-    return None if pid is None else strike(role, pid)
+        if pid is None:
+            return None
+        kill = strike(role, pid, still=functools.partial(_at_work, role, pid))
+        if kill is not None:
+            return kill
+    return None
+
+
+def _at_work(role: Role, pid: int) -> bool:
+    return any(pid == one for _, one in working(role, _active()))
 
 
 def _active() -> list[list[Event]]:

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import psutil
 
 from pyworkflow_ray.demo.kills import choose, descendant, strike
 from pyworkflow_ray.engine.events import (
@@ -81,20 +84,43 @@ def process(title: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_a_worker_of_ray_is_killed_and_seen_to_end() -> None:
     with process("ray::run_step") as child:
-        assert strike("step worker", child.pid).gone
+        kill = strike("step worker", child.pid)
+        assert kill is not None
+        assert kill.gone
         assert child.wait(timeout=10) == -9
+
+
+def test_a_worker_that_is_no_longer_at_work_once_it_is_stopped_goes_on() -> None:
+    asked: list[int] = []
+    with process("ray::run_step") as child:
+
+        def still() -> bool:
+            while psutil.Process(child.pid).status() != psutil.STATUS_STOPPED:
+                time.sleep(0)
+            asked.append(child.pid)
+            return False
+
+        assert strike("step worker", child.pid, still=still) is None
+        assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait(timeout=10) == 1  # `read` met the end of its input: it went on by itself
+    assert asked == [child.pid]
 
 
 def test_a_process_that_is_no_worker_of_ray_is_left_alone() -> None:
     with process("sh") as child:
-        assert not strike("step worker", child.pid).gone
+        kill = strike("step worker", child.pid)
+        assert kill is not None
+        assert not kill.gone
         assert child.poll() is None
 
 
 def test_a_process_that_is_gone_already_is_no_kill() -> None:
     with process("ray::run_step") as child:
         pass
-    assert not strike("step worker", child.pid).gone
+    kill = strike("step worker", child.pid)
+    assert kill is not None
+    assert not kill.gone
 
 
 def test_an_actor_is_found_by_its_class_among_the_processes_below_this_one() -> None:
