@@ -55,7 +55,26 @@ def leave_builtins(app: Any, doctree: Any) -> None:
             reference.replace_self(nodes.Text(shown(reference)))
 
 
+def dashes(app: Any, doctree: Any) -> None:
+    """Between a parameter's name and its text Sphinx writes two hyphens for smart quotes to mend, which are off."""
+    for text in list(doctree.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
+def readable(app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, result: str | None) -> Any:
+    """Signatures with a ParamSpec, whose types autodoc writes as `~typing.~P`, as they stand in the code."""
+    if signature is None or "~P" not in signature:
+        return None
+    signature = signature.replace("*args: ~typing.~P", "*args: P.args").replace(
+        "**kwargs: ~typing.~P", "**kwargs: P.kwargs"
+    )
+    return re.sub(r"~(?:\w+\.)*~?", "", signature), result
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("doctree-read", leave_builtins)
+    app.connect("doctree-read", dashes)
+    app.connect("autodoc-process-signature", readable)
     app.connect("autodoc-process-docstring", process, priority=100)  # before napoleon
     return {"parallel_read_safe": True}

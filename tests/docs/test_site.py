@@ -110,6 +110,8 @@ def test_the_site_is_built_without_a_warning_and_without_a_network(tmp_path: Pat
     for name in pw.__all__:
         if not name[0].isupper():
             assert f'id="pyworkflow_ray.{name}"' in reference, name
+    assert "<blockquote>" not in reference, "an example of a docstring is a block of code"
+    assert "~P" not in reference, "signatures are readable"
     for page in (tmp_path / "site").rglob("*.html"):
         loaded = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css))', page.read_text(encoding="utf-8"))
         assert not loaded, f"{page.name} loads {loaded}"
