@@ -17,7 +17,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 .PHONY: help setup demo demo-record docs unit test test-ray test-others test-all soak sim check bench lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.complete ## make .venv with all that development and tests need (PYTHON=python3.12 for another)
 

@@ -19,6 +19,7 @@ from pyworkflow_ray.storage.tables import SCHEMAS
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 REFERENCE = "".join(text for page, text in PAGES.items() if page.startswith("reference/"))
 DOCUMENTED = re.findall(r"^\.\. auto(?:function|class|exception):: (\S+)$", REFERENCE, re.M)
 
@@ -81,6 +82,28 @@ def test_every_page_is_in_the_tree() -> None:
                 listed |= {found.relative_to(DOCS).as_posix() for found in (DOCS / folder).glob(f"{entry}.md")}
     missing = sorted(PAGES.keys() - listed)
     assert not missing, f"{missing} are in no toctree: add them to docs/howto.md, docs/reference or docs/explanation.md"
+
+
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as GitHub makes them; the site has the same."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_to_files_and_headings_on_github_too() -> None:
+    wrong = []
+    pages = {**{DOCS / page: text for page, text in PAGES.items()}, ROOT / "README.md": README}
+    for path, text in pages.items():
+        text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+        for link in re.findall(r'\]\(([^)\s]+)(?: "\w+")?\)', text):
+            if "://" in link:
+                continue
+            file, _, anchor = link.partition("#")
+            target = (path.parent / file).resolve() if file else path
+            if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+                wrong.append(f"{path.relative_to(ROOT)}: {link}")
+    assert not wrong, wrong
 
 
 def test_every_promise_names_tests_that_exist() -> None:
