@@ -58,12 +58,12 @@ sim: setup ## one schedule of the simulator again: make sim SEED=n
 soak: setup ## schedules and crashes for as long as given: make soak HOURS=8
 	$(BIN)/python -m pyworkflow_ray.testing.simulate --first-seed $(SEED) --hours $(HOURS)
 
-check: setup ## format, lint, types, order of imports
+check: setup ## format, lint, types, order of imports, and whether the docs name all that there is
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST) -q tests/unit/test_layers.py
+	$(PYTEST) -q tests/unit/test_layers.py tests/docs/test_site.py -m "not slow"
 
 docs: setup ## the documentation site, in build/docs; a warning is an error, and no network is used
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
