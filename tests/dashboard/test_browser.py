@@ -96,6 +96,7 @@ def test_what_is_typed_survives_news(shop: Shop, browse: OpenPage) -> None:
     page.fill("#deed-cancel-reason", "half a reas")
     go_on(shop, "order-42", 9, failed_attempt(0, "2", 5, 900, BUSY))
     page.wait_for_selector("#attempt-2-5-5")
+    page.wait_for_selector(".reach:has-text('none is reached')")  # the part of the page that it is typed in has changed
     assert page.input_value("#deed-cancel-reason") == "half a reas"
     assert page.evaluate("document.activeElement.id") == "deed-cancel-reason"
 
