@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pyworkflow_ray.connection import readable_events
 from pyworkflow_ray.engine.events import Event
-from pyworkflow_ray.errors import PyWorkflowError, RunNotFoundError, StorageError
+from pyworkflow_ray.errors import ConfigurationError, PyWorkflowError, RunNotFoundError, StorageError
 from pyworkflow_ray.ids import check_run_id
 from pyworkflow_ray.observability.model import RunView
 from pyworkflow_ray.observability.view import explain
@@ -28,12 +28,13 @@ from pyworkflow_ray.observability.words import one_line, short_name
 if TYPE_CHECKING:
     import datetime as dt
 
-    from pyworkflow_ray.storage.catalogue import Query
+    from pyworkflow_ray.storage.catalogue import Query, Row
     from pyworkflow_ray.storage.port import StoragePort
 
 
 ENDED = frozenset({"completed", "failed", "cancelled"})
 UNFINISHED = frozenset({"pending", "running", "parked", "paused"})
+MOST_AT_ONCE = 2_000  # rows of the catalogue, when few of many are wanted
 
 
 @dataclass
@@ -88,14 +89,21 @@ class Reader:
             return found
         now = time.time()
         query = wanted.query(now, None if before is None else place_in_list(self.storage, before))
+        first = self._named_by(wanted, now, found)
+        if first is not None and before is None:
+            found.views.append(first)
+        size = limit + 1
         while not found.more:
-            rows = page(self.storage, query, limit + 1)
+            rows = page(self.storage, query, size)
+            size = min(MOST_AT_ONCE, 4 * size)  # what follows a page with few wanted ones is like it
             found.damaged |= rows.damaged
             for row in rows.rows:
+                if first is not None and row.run_id == first.run_id:
+                    continue  # it stands first
                 if give_up_at is not None and found.looked_at >= limit and time.monotonic() > give_up_at:
                     found.more, found.gave_up = True, len(found.views) < limit
                     break
-                view = self._looked_at(row.run_id, now, found)
+                view = self._looked_at(row.run_id, now, found) if wanted.may_take(row) else None
                 if view is not None and wanted.takes(view):
                     found.more = len(found.views) == limit
                     if found.more:
@@ -106,6 +114,14 @@ class Reader:
                 break
             query = dataclasses.replace(query, before=rows.rows[-1].key)
         return found
+
+    def _named_by(self, wanted: Filter, now: float, found: Listed) -> RunView | None:
+        """The run whose id the text is, found however many there are; it stands before all others."""
+        try:
+            view = self._looked_at(check_run_id(wanted.text), now, found) if wanted.text else None
+        except ConfigurationError:
+            return None
+        return view if view is not None and wanted.takes(view) else None
 
     def _looked_at(self, run_id: str, now: float, found: Listed) -> RunView | None:
         try:
@@ -176,7 +192,8 @@ class Listed:
 class Filter:
     """What a list shows. A state and a status are asked for alike: both name what the run is now.
 
-    text: all of its words, whatever their case, are in the run's id, workflow, attributes, step, why or next.
+    text: all of its words, whatever their case, are in the run's id, workflow or attributes, or in what it is at: state,
+    step, why, next. Of a completed run, which is at nothing, only the former count, so that it need not be read.
     """
 
     states: frozenset[str] = frozenset()
@@ -209,11 +226,20 @@ class Filter:
             return False
         return not self.text or self._says(view)
 
+    def may_take(self, row: Row) -> bool:
+        """Whether `takes` may say yes of the run, by its row alone."""
+        if not self.text or row.status != "completed":
+            return True
+        return self._has_words([row.run_id, row.workflow], json.loads(row.attributes))
+
     def _says(self, view: RunView) -> bool:
-        row = view.row
-        said = [view.run_id, view.workflow, row.state, row.step or "", one_line(row.why), row.next]
-        said += [f"{name}={value}" for name, value in view.attributes.items()]
-        text = "\n".join(said).casefold()
+        said, row = [view.run_id, view.workflow], view.row
+        if view.status != "completed":
+            said += [row.state, row.step or "", one_line(row.why), row.next]
+        return self._has_words(said, view.attributes)
+
+    def _has_words(self, said: list[str], attributes: dict[str, Any]) -> bool:
+        text = "\n".join([*said, *(f"{name}={value}" for name, value in attributes.items())]).casefold()
         return all(word in text for word in self.text.casefold().split())
 
 

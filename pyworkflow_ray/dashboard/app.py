@@ -52,6 +52,7 @@ class Dashboard:
 
         @contextlib.asynccontextmanager
         async def lifespan(app: Any) -> AsyncIterator[None]:
+            looks.warm()
             yield
             await cluster.close()
 

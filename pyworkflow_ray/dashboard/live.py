@@ -24,6 +24,7 @@ from pyworkflow_ray.errors import PyWorkflowError
 MOST: Final = 200
 EVERY_S: Final = 1.0
 SHARE: Final = 10  # times the time that a look takes is waited until the next one
+MOST_S: Final = 30.0
 PING_S: Final = 15.0
 AGAIN_MS: Final = 2000
 
@@ -57,7 +58,7 @@ class Live:
                     screen = await draw()
                     now = {**screen.regions, " news": screen.news, " title": screen.title}
                     news = {name: text for name, text in now.items() if sent.get(name) != text}
-                    sent, pause_s = now, max(every_s, SHARE * screen.took_s)
+                    sent, pause_s = now, max(every_s, min(MOST_S, SHARE * screen.took_s))
                 except (PyWorkflowError, ValueError, OSError) as error:
                     text = f"can't be read: {' '.join(str(error).split())}"
                     news, sent = ({" news": text} if sent.get(" news") != text else {}), {" news": text}

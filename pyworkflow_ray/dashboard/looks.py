@@ -33,15 +33,16 @@ T = TypeVar("T")
 FRESH_S: Final = 0.5
 KEPT: Final = 64  # looks: an answer is a page of views
 THREADS: Final = 4
-SEARCH_S: Final = 0.35  # of looking for runs that only show by being read whether they are wanted
+SEARCH_S: Final = 0.25  # of looking for runs that only show by being read whether they are wanted
 
 
 @dataclass(frozen=True)
 class Look(Generic[T]):
-    """What was seen, and what it took."""
+    """What was seen, what it took, and when that was, by `time.monotonic`."""
 
     seen: T
     took_s: float
+    at: float
 
 
 class Looks:
@@ -53,11 +54,17 @@ class Looks:
         self._storage: StoragePort | None = None
         self._shared: dict[Hashable, tuple[asyncio.Future[Look[Any]], float]] = {}
         self._threads = CapacityLimiter(THREADS)
+        self._warming: asyncio.Future[Look[Listed]] | None = None
 
     async def listing(self, wanted: Filter, limit: int, before: str | None) -> Look[Listed]:
         """A page of the list; it gives up searching in time for the page to be quick."""
         key = ("list", repr(wanted), limit, before)
         return await self._read(key, lambda: self._reader().listing(wanted, limit, before, time.monotonic() + SEARCH_S))
+
+    def warm(self) -> None:
+        """Have the storage looked at before anybody asks: what is first is slow."""
+        self._warming = asyncio.ensure_future(self.listing(Filter(), 1, None))
+        self._warming.add_done_callback(_heard)
 
     async def run(self, run_id: str) -> Look[RunView]:
         """One run, explained.
@@ -88,7 +95,7 @@ class Looks:
         """What `look` gives; whoever asks for the same meanwhile, or shortly after, is given it too."""
         now = time.monotonic()
         kept = self._shared.get(key)
-        if kept is None or (kept[0].done() and now - kept[1] > FRESH_S):
+        if kept is None or (kept[0].done() and now - _seen_at(*kept) > FRESH_S):
             for old in [one for one, (future, _) in self._shared.items() if future.done()][:-KEPT]:
                 del self._shared[old]
             kept = self._shared[key] = (asyncio.ensure_future(_timed(look)), now)
@@ -110,7 +117,11 @@ class Looks:
 async def _timed(look: Callable[[], Awaitable[T]]) -> Look[T]:
     began = time.perf_counter()
     seen = await look()
-    return Look(seen, time.perf_counter() - began)
+    return Look(seen, time.perf_counter() - began, time.monotonic())
+
+
+def _seen_at(future: asyncio.Future[Look[Any]], began: float) -> float:
+    return began if future.cancelled() or future.exception() is not None else future.result().at
 
 
 def _heard(future: asyncio.Future[Look[Any]]) -> None:

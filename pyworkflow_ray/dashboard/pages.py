@@ -6,6 +6,7 @@ Faults: an unknown run (404), a damaged one (500, naming run and file, and what 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ STATES: Final = (
 )  # fmt: skip
 SPANS: Final = ("15m", "1h", "1d", "7d", "30d")
 BREAKERS_S: Final = 6.0
+LIST_S: Final = 2.0  # a storage whose runs were never listed is read as a whole, once: the page says so meanwhile
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class Pages:
 
         async def draw() -> Screen:
             try:
-                look = await self._looks.listing(wanted, LIMIT, before)
+                look = await asyncio.wait_for(self._looks.listing(wanted, LIMIT, before), LIST_S)
+            except TimeoutError:
+                return Screen(self._parts.list_later(), "the list is being made", "Runs", 0.0)
             except (RunNotFoundError, ConfigurationError) as error:
                 raise BadRequest(f"before={before}: {error}") from None
             listed = look.seen

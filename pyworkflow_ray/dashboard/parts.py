@@ -102,6 +102,10 @@ class Parts:
             )
         }
 
+    def list_later(self) -> Regions:
+        """In place of the list, while it takes long."""
+        return {"runs": self.region("runs_later")}
+
     # One run ------------------------------------------------------------------------------------------------------
 
     def run_regions(self, view: RunView, *, form: Form, every: bool, reach: Reach, breakers: Breakers) -> Regions:

@@ -63,6 +63,22 @@ def test_filters(page: Page, query: str, wanted: list[str]) -> None:
     assert listed(page(f"/?{query}")) == wanted
 
 
+def test_a_run_is_found_by_its_id_among_however_many(
+    empty: Shop, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        empty.run(f"run-{number:02d}", (500 - number, ev.RunActivated(epoch=0)))
+    empty.run("of-run-00", (0, ev.RunActivated(epoch=0)))
+    monkeypatch.setattr("pyworkflow_ray.dashboard.looks.SEARCH_S", -1.0)
+    monkeypatch.setattr("pyworkflow_ray.dashboard.pages.LIMIT", 5)
+    client = opened(empty)
+    first = client.get("/?text=run-00").text
+    assert listed(first) == ["run-00", "of-run-00"]
+    further = parse(first).one("a", id="page-older").attributes["href"]
+    assert listed(client.get(further).text) == []  # and once is enough
+    assert listed(client.get("/?text=run-00&state=failed").text) == []
+
+
 @pytest.mark.parametrize("query", ["state=broken", "since=yesterday", "before=nobody", "before=%00"])
 def test_a_filter_that_is_none_is_named(shop: Shop, opened: Open, query: str) -> None:
     answer = opened(shop).get(f"/?{query}")
@@ -95,8 +111,8 @@ def test_a_search_that_takes_long_gives_up_and_can_go_on(
         empty.run(f"run-{number:02d}", (500 - number, ev.RunActivated(epoch=0)))
     monkeypatch.setattr("pyworkflow_ray.dashboard.looks.SEARCH_S", -1.0)  # no time at all
     monkeypatch.setattr("pyworkflow_ray.dashboard.pages.LIMIT", 5)
-    answer = opened(empty).get("/?text=run-00")
-    assert "None of the 5 newest runs that were looked at." in parse(answer.text).text
+    answer = opened(empty).get("/?text=un-00")
+    assert "None of the 5 runs that were looked at, newest first." in parse(answer.text).text
     further = parse(answer.text).one("a", id="page-older")
     assert further.text == "Look further"
     assert listed(opened(empty).get(further.attributes["href"]).text) == ["run-00"]

@@ -42,7 +42,10 @@ def test_runs_are_cancelled_woken_and_rerun_from_their_pages(browser: TestClient
     cancelled, woken = pw.start(flows.flagged, str(never), True), pw.start(flows.flagged, str(late), True)
     until(lambda: (cancelled.status(), woken.status()) == ("parked", "parked"), "both are parked")
     page = f"/runs/{cancelled.run_id}"
-    assert "retrying retries_far, attempt 1 of 2 failed" in parse(browser.get(page).text).one("section", id="region-verdict").text
+    assert (
+        "retrying retries_far, attempt 1 of 2 failed"
+        in parse(browser.get(page).text).one("section", id="region-verdict").text
+    )
 
     after = press(browser, page, f"{page}/cancel", reason="a person said so")
     assert "Asked for: its clean-up may still run" in after.text
