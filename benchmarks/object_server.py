@@ -156,7 +156,7 @@ class TinyS3(Served):
             gone = "".join(f"<Deleted><Key>{name}</Key></Deleted>" for name in names)
             reply = answer("200 OK", f"<DeleteResult>{gone}</DeleteResult>".encode(), content_type="application/xml")
         else:
-            reply = self._get(key, method)
+            reply = self._get(key, method, request.headers.get("range", ""))
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
         return reply
@@ -175,13 +175,18 @@ class TinyS3(Served):
         self.objects[key] = request.body, time.time()
         return answer("200 OK", etag=self._tag(key))
 
-    def _get(self, key: str, method: str) -> Message:
+    def _get(self, key: str, method: str, wanted: str) -> Message:
         if key not in self.objects:
             return answer("404 Not Found")
         data, at = self.objects[key]
         headers = {"etag": self._tag(key), "last_modified": email.utils.formatdate(at, usegmt=True)}
         if method == "HEAD":
             return answer("200 OK", content_length=str(len(data)), **headers)
+        if wanted:
+            start, _, last = wanted.removeprefix("bytes=").partition("-")
+            part = data[int(start) : int(last) + 1]
+            place = f"bytes {start}-{int(start) + len(part) - 1}/{len(data)}"
+            return answer("206 Partial Content", part, content_range=place, **headers)
         return answer("200 OK", data, **headers)
 
     def _list(self, query: dict[str, str]) -> Message:

@@ -17,7 +17,7 @@ from pyworkflow_ray.errors import StorageError
 from pyworkflow_ray.observability.words import plural, size_text
 
 if TYPE_CHECKING:
-    from pyworkflow_ray.storage.storage import Storage
+    from pyworkflow_ray.storage.port import StoragePort
 
 
 @click.command()
@@ -77,7 +77,7 @@ def compact(
     from pyworkflow_ray.storage.compact import compact as move
 
     rules = Rules(older_than_s=older_than, above_bytes=above, failed_after_s=failed_after, retain_s=dict(retain))
-    done, screen = move(_open(storage_path, "storage compact"), rules, dry_run=dry_run), Screen()
+    done, screen = move(_open(storage_path), rules, dry_run=dry_run), Screen()
     if as_json:
         screen.raw(to_json(dataclasses.asdict(done)))
     elif dry_run:
@@ -97,6 +97,10 @@ def compact(
                 f"closed epochs of {plural(done.live, 'live run')} moved, "
                 f"{plural(done.merged, 'batch', 'batches')} merged, {plural(done.dropped, 'run')} forgotten"
             )
+    if done.waiting and not as_json:
+        screen.line(
+            f"slots of {plural(done.waiting, 'run')} in Parquet stay for an hour; a compaction after that removes them"
+        )
     screen.flush()
     for run_id, message in done.damaged:
         error_line(str(named(run_id, StorageError(message))))
@@ -111,7 +115,7 @@ def verify(as_json: bool, storage_path: opt.StorageName | None) -> int:
     from pyworkflow_ray.storage.codec_mark import is_marked
     from pyworkflow_ray.storage.verify import verify as read_all
 
-    opened, screen = _open(storage_path, "storage verify"), Screen()
+    opened, screen = _open(storage_path), Screen()
     codec = codec_of(opened)
     report = read_all(opened, codec if codec.hooked else None)
     if is_marked(opened) and not codec.hooked:
@@ -131,7 +135,7 @@ def verify(as_json: bool, storage_path: opt.StorageName | None) -> int:
     return 1 if found else 0
 
 
-def _open(storage_path: opt.StorageName | None, what: str) -> Storage:
-    from pyworkflow_ray.storage.port import need_directory, open_storage
+def _open(storage_path: opt.StorageName | None) -> StoragePort:
+    from pyworkflow_ray.storage.port import open_storage
 
-    return need_directory(open_storage(opt.storage_root(storage_path), create=False), what)
+    return open_storage(opt.storage_root(storage_path), create=False)

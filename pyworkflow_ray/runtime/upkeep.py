@@ -67,7 +67,7 @@ class Schedule:
         self._since, self._ended = None, 0
 
     def done(self, worked: bool, left: bool, now: float) -> None:
-        """It has ended. left: runs that were too young are still in their journals."""
+        """It has ended. left: runs that were too young are still in their journals, or slots of moved ones."""
         self._last = now
         self._failures = 0 if worked else self._failures + 1
         pause = 0.0 if worked else min(_HOUR_S, _FIRST_PAUSE_S * 2.0 ** (self._failures - 1))
@@ -84,7 +84,7 @@ class Upkeep:
         self._start = start or _start
         self._lock = threading.Condition()
         self._schedule = Schedule(config.compact_after_s, bool(config.retain), time.monotonic())
-        if config.compact_after_s and "://" not in config.storage:  # a bucket's runs stay as they are
+        if config.compact_after_s:
             threading.Thread(target=self._loop, name="upkeep", daemon=True).start()
 
     def ended(self) -> None:
@@ -105,7 +105,7 @@ class Upkeep:
                 self._schedule.done(worked, left, time.monotonic())
 
     def _run(self) -> tuple[bool, bool]:
-        """Whether it worked, and whether young runs are left."""
+        """Whether it worked, and whether young runs are left, or slots that go later."""
         try:
             process = self._start([sys.executable, "-c", _CHILD, json.dumps(rules_of(self._config))])
             out, err = process.communicate()
@@ -122,7 +122,7 @@ class Upkeep:
             log.info(
                 "%d runs compacted, %d long ones in part, %d forgotten", done["runs"], done["live"], done["dropped"]
             )
-        return True, bool(done["young"])
+        return True, bool(done["young"] or done["waiting"])
 
 
 def rules_of(config: RuntimeConfig) -> dict[str, Any]:

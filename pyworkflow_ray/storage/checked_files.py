@@ -132,12 +132,24 @@ class _File:
             os.close(self._fd)
 
 
+class Held:
+    """A file of a bucket, held in memory as it was read and checked."""
+
+    def __init__(self, path: str, data: bytes) -> None:
+        self.path = path
+        self.size = len(data)
+        self._data = data
+
+    def read(self, start: int, length: int) -> bytes:
+        return self._data[start : start + length]
+
+
 class _Handle:
     """An open file. Threads share handles and call seek and read one after the other, so each has its own position."""
 
     __slots__ = ("_at", "_fail", "_file")
 
-    def __init__(self, file: _File, fail: Callable[[StorageError], None]) -> None:
+    def __init__(self, file: _File | Held, fail: Callable[[StorageError], None]) -> None:
         self._file = file
         self._fail = fail
         self._at = threading.local()
@@ -181,7 +193,7 @@ class CheckedFiles(AbstractFileSystem):  # type: ignore[misc]
     def __init__(self) -> None:  # without arguments: fsspec makes a token of them, file by file
         super().__init__()
         self.errors: list[StorageError] = []
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, _File | Held] = {}
 
     def serve(self, files: Iterable[tuple[str, ParquetFile]], sums: Mapping[str, bytes]) -> CheckedFiles:
         """Serve these files from now on, and open them; itself.
@@ -189,9 +201,15 @@ class CheckedFiles(AbstractFileSystem):  # type: ignore[misc]
         Raises:
             FileNotFoundError, OSError: one can't be opened.
         """
-        self._files = {url(file): _File(path, file, sums[file.path]) for path, file in files}
-        for file in list(self._files.values())[:_OPEN_AT_ONCE]:
+        served = {url(file): _File(path, file, sums[file.path]) for path, file in files}
+        for file in list(served.values())[:_OPEN_AT_ONCE]:
             file.open()
+        self._files = dict(served)
+        return self
+
+    def hold(self, files: Mapping[str, Held]) -> CheckedFiles:
+        """Serve these from now on, by what DuckDB calls them; itself."""
+        self._files = dict(files)
         return self
 
     def open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> _Handle:
@@ -211,7 +229,7 @@ class CheckedFiles(AbstractFileSystem):  # type: ignore[misc]
     def modified(self, path: str) -> dt.datetime:
         return _WHEN
 
-    def _find(self, path: str) -> _File:
+    def _find(self, path: str) -> _File | Held:
         try:
             return self._files[path]
         except KeyError:

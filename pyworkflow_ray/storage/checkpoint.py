@@ -24,7 +24,7 @@ import hashlib
 import itertools
 import mmap
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,22 +36,38 @@ from pyworkflow_ray.storage.checkpoint_manifest import Group, Manifest, ParquetF
 from pyworkflow_ray.storage.record import parse_event
 
 if TYPE_CHECKING:
-    from pyworkflow_ray.storage.storage import RunHistory, Storage
+    from pyworkflow_ray.storage.checkpoint_ids import Checkpoints
+    from pyworkflow_ray.storage.storage import RunHistory
 
 Answer = TypeVar("Answer")
 _KEPT_BYTES: Final = 64 * 2**20  # of row groups, in memory
 _TRIES: Final = 20
 
 
+class Holder(Protocol):
+    """A storage of any kind."""
+
+    @property
+    def root(self) -> str: ...
+
+    @property
+    def checkpoints(self) -> Checkpoints: ...
+
+
 class CheckpointChanged(StorageError):
     """A file went because a compaction replaced it: read the manifest again. See `with_compacted`."""
 
 
-def with_compacted(storage: Storage, read: Callable[[CompactedRuns], Answer]) -> Answer:
+def with_compacted(storage: Holder, read: Callable[[CompactedRuns], Answer]) -> Answer:
     """What `read` makes of the compacted runs; again where a compaction replaced files meanwhile."""
+    return with_retries(lambda: read(CompactedRuns(storage)))
+
+
+def with_retries(read: Callable[[], Answer]) -> Answer:
+    """As `with_compacted`, of a reading that finds the compacted runs by itself."""
     for left in range(_TRIES, 0, -1):
         try:
-            return read(CompactedRuns(storage))
+            return read()
         except CheckpointChanged:
             if left == 1:
                 raise
@@ -68,7 +84,7 @@ class CompactedRuns:
         CorruptJournalError: the manifest is damaged; `.path` names it.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Holder) -> None:
         self._storage = storage
         self._store: Files = storage.checkpoints.files
         self.manifest: Final[Manifest] = storage.checkpoints.manifest()
@@ -100,6 +116,13 @@ class CompactedRuns:
         text = f"{path} is damaged: its content has another SHA-256 than its manifest says. Restore it"
         return CorruptJournalError(text, path=path)
 
+    def content(self, file: ParquetFile) -> bytes:
+        """A file's bytes, which are those that were written. Raises as `table`."""
+        data = self._read(file)
+        if len(data) != file.bytes or hashlib.sha256(data).hexdigest() != file.sha256:
+            raise self._damaged(file)
+        return data
+
     def table(self, file: ParquetFile, **options: Any) -> pa.Table:
         """A file's rows, of exactly the bytes that were hashed; `options` are pyarrow's (`columns`, `filters`).
 
@@ -107,9 +130,7 @@ class CompactedRuns:
             CorruptJournalError: the file is missing, or one bit of it is not as it was written.
             CheckpointChanged: a compaction replaced it.
         """
-        data = self._read(file)
-        if len(data) != file.bytes or hashlib.sha256(data).hexdigest() != file.sha256:
-            raise self._damaged(file)
+        data = self.content(file)
         table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True, partitioning=None, **options)
         if not options and table.num_rows != file.rows:
             path = self.path(file)

@@ -62,6 +62,18 @@ def decode_ids(ids: IdList, files: Files) -> array.array[int]:
     return packed
 
 
+def days_of(lists: Iterable[Sequence[int]], run_id: str) -> set[int]:
+    """The days of the entries that these lists have for an id."""
+    key = id_key(run_id)
+    days = set()
+    for entries in lists:
+        at = bisect.bisect_left(entries, key)
+        while at < len(entries) and entries[at] >> 16 == key >> 16:
+            days.add(entries[at] & 0xFFFF)
+            at += 1
+    return days
+
+
 class Checkpoints:
     """The manifest that counts and its lists of ids, kept in memory for as long as they stay the same.
 
@@ -92,14 +104,7 @@ class Checkpoints:
         Raises:
             CorruptJournalError: manifest or list is damaged.
         """
-        key = id_key(run_id)
-        days = set()
-        for entries in self._current():
-            at = bisect.bisect_left(entries, key)
-            while at < len(entries) and entries[at] >> 16 == key >> 16:
-                days.add(entries[at] & 0xFFFF)
-                at += 1
-        return [(_EPOCH + dt.timedelta(days=day)).isoformat() for day in sorted(days)]
+        return [(_EPOCH + dt.timedelta(days=day)).isoformat() for day in sorted(days_of(self._current(), run_id))]
 
     def _current(self) -> tuple[Sequence[int], ...]:
         missing = ""

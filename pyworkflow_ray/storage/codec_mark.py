@@ -149,13 +149,9 @@ def make_mark(storage: Any, name: str | None) -> None:
     """Hold `storage` to the codec `name`, if no run was made in it before; called by whoever will write to it.
 
     Raises:
-        ConfigurationError: as `check_mark`; or the hook can't be had, or the storage is no directory.
+        ConfigurationError: as `check_mark`; or the hook can't be had.
     """
     hook = load_hook(name)
-    if hook is not None and getattr(storage, "disk", None) is None:
-        raise ConfigurationError(
-            f"a codec is not available in this version where runs lie in a bucket ({storage.root})"
-        )
     if hook is not None and not is_marked(storage) and not _holds_runs(storage):
         _write(storage, hook, str(name), exclusive=True)
     check_mark(storage, hook)
@@ -166,7 +162,10 @@ def make_mark(storage: Any, name: str | None) -> None:
 def is_marked(storage: Any) -> bool:
     """Whether the storage is written through a codec."""
     disk = getattr(storage, "disk", None)
-    return disk is not None and bool(disk.exists(f"{storage.root}/{MARK}"))
+    if disk is not None:
+        return bool(disk.exists(f"{storage.root}/{MARK}"))
+    look = getattr(storage, "is_marked", None)
+    return look is not None and bool(look())
 
 
 def refuse_clear(storage: Any, name: str | None) -> None:
@@ -176,18 +175,24 @@ def refuse_clear(storage: Any, name: str | None) -> None:
 
 
 def _read(storage: Any) -> dict[str, Any]:
-    disk = getattr(storage, "disk", None)
-    if disk is None:
-        raise FileNotFoundError(MARK)
+    if not hasattr(storage, "disk"):  # a bucket, which keeps it by itself; or what never has one
+        read = getattr(storage, "read_mark", None)
+        if read is None:
+            raise FileNotFoundError(MARK)
+        found: dict[str, Any] = read()
+        return found
     path = f"{storage.root}/{MARK}"
-    return decode_checked(MARK, disk.read(path), path)
+    return decode_checked(MARK, storage.disk.read(path), path)
 
 
 def _write(storage: Any, hook: CodecHook, name: str, *, exclusive: bool) -> None:
+    data = encode_checked(MARK, {"codec": name, "check": _check(hook), "digests": _digests(hook)})
+    if not hasattr(storage, "disk"):
+        storage.write_mark(data, exclusive=exclusive)
+        return
     disk, path = storage.disk, f"{storage.root}/{MARK}"
     temporary = f"{storage.root}/tmp/{disk.token()}"
-    content = {"codec": name, "check": _check(hook), "digests": _digests(hook)}
-    disk.write_file(temporary, encode_checked(MARK, content))
+    disk.write_file(temporary, data)
     if exclusive:
         try:
             with contextlib.suppress(FileExistsError):  # another process made it: whose it is will be looked at

@@ -13,6 +13,7 @@ import sys
 from pyworkflow_ray.errors import PyWorkflowError
 from pyworkflow_ray.storage.catalogue_check import keep_right
 from pyworkflow_ray.storage.compact import Rules, compact
+from pyworkflow_ray.storage.port import open_storage
 from pyworkflow_ray.storage.stocktaking import take_in
 from pyworkflow_ray.storage.storage import Storage
 
@@ -21,10 +22,11 @@ def main(text: str) -> None:
     """Compact the storage that `text` names, by its rules."""
     given = json.loads(text)
     try:
-        storage = Storage.open(given.pop("storage"), create=False)
+        storage = open_storage(given.pop("storage"), create=False)
         done = compact(storage, Rules(**given))
-        take_in(storage)
-        keep_right(storage)
+        if isinstance(storage, Storage):  # a bucket has no catalogue
+            take_in(storage)
+            keep_right(storage)
     except PyWorkflowError as error:
         sys.exit(str(error))
     sys.stdout.write(json.dumps(dataclasses.asdict(done)))

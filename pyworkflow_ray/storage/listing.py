@@ -37,6 +37,7 @@ from pyworkflow_ray.storage.stocktaking import (
     in_memory,
     keep_live,
     row_of,
+    rows_of,
     run_files,
     take_in,
 )
@@ -89,15 +90,33 @@ def page(storage: StoragePort, query: Query, limit: int | None = None) -> Page:
         return _page(found.rows(query, everywhere=limit is None), limit, found.damaged)
 
     if not isinstance(storage, Storage):
-        rows, damaged = scan(storage, query)
+        rows, damaged = _scan_bucket(storage, query)
         return _page(iter(rows), limit, damaged)
     return _asking(storage, ask)
 
 
 def scan(storage: StoragePort, query: Query) -> tuple[list[Row], dict[str, str]]:
-    """The same without a catalogue, every run read: the only way in a bucket, and what tests compare with."""
-    rows, damaged = [], {}
-    for run_id, history in read_many(storage, storage.list_run_ids()):
+    """The same without a catalogue and with every run read: what tests compare with."""
+    return _rows_by_reading(storage, storage.list_run_ids(), [], query)
+
+
+def _scan_bucket(storage: StoragePort, query: Query) -> tuple[list[Row], dict[str, str]]:
+    """The same where there is no catalogue: checkpoints tell of the runs they hold, and every other run is read."""
+    run_ids = storage.run_directories()  # before the manifest, so that a run that moves meanwhile is met
+    known: list[Row] = []
+    if storage.checkpoints.manifest().batches:
+        from pyworkflow_ray.storage.checkpoint import with_compacted
+
+        known = with_compacted(storage, lambda compacted: list(rows_of(compacted)))
+    held = {row.run_id for row in known}
+    return _rows_by_reading(storage, [run_id for run_id in run_ids if run_id not in held], known, query)
+
+
+def _rows_by_reading(
+    storage: StoragePort, run_ids: Iterable[str], known: list[Row], query: Query
+) -> tuple[list[Row], dict[str, str]]:
+    rows, damaged = list(known), {}
+    for run_id, history in read_many(storage, run_ids):
         try:
             if isinstance(history, StorageError):
                 raise history

@@ -1,8 +1,8 @@
 """What runtime, api and command line use of a storage, whatever it is: a directory or a bucket.
 
 `open_storage` is how everybody opens one: a path is `storage.Storage`, a URL is `objects.storage.ObjectStorage` (and
-only then is anything of it imported). What these protocols do not have, a caller may not use: compaction and SQL reach
-below the port, work on directories, and refuse a bucket by `need_directory`.
+only then is anything of it imported). What these protocols do not have, a caller may not use; compaction, SQL, listings
+and `verify` reach below the port, and know of both.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pyworkflow_ray.engine.events import Event, RunCreated
-from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.storage.directory import is_url
 
 if TYPE_CHECKING:
+    from pyworkflow_ray.storage.checkpoint_ids import Checkpoints
     from pyworkflow_ray.storage.lease import LeaseStates
-    from pyworkflow_ray.storage.storage import Owner, RunHistory, Storage
+    from pyworkflow_ray.storage.storage import Owner, RunHistory
 
 
 class JournalPort(Protocol):
@@ -64,6 +64,9 @@ class StoragePort(Protocol):
     @property
     def at_once(self) -> int: ...
 
+    @property
+    def checkpoints(self) -> Checkpoints: ...
+
     def create_runs(self, events: Sequence[RunCreated], *, lease: str = "") -> list[bool]: ...
 
     def read_run(self, run_id: str) -> RunHistory: ...
@@ -73,6 +76,8 @@ class StoragePort(Protocol):
     def owner(self, run_id: str) -> Owner: ...
 
     def list_run_ids(self, finished: bool | None = None) -> list[str]: ...
+
+    def run_directories(self) -> list[str]: ...
 
     def unfinished(self) -> list[str]: ...
 
@@ -110,19 +115,6 @@ def open_storage(storage: str | os.PathLike[str], *, create: bool = True) -> Sto
     from pyworkflow_ray.storage.storage import Storage
 
     return Storage.open(storage, create=create)
-
-
-def need_directory(storage: StoragePort, what: str) -> Storage:
-    """`storage` for those who reach below the port.
-
-    Raises:
-        ConfigurationError: it is a bucket.
-    """
-    from pyworkflow_ray.storage.storage import Storage
-
-    if not isinstance(storage, Storage):
-        raise ConfigurationError(f"{what} is not available in this version where runs lie in a bucket ({storage.root})")
-    return storage
 
 
 def breaker_states(root: str, name: str) -> Any:

@@ -25,14 +25,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 import duckdb
 import pyarrow as pa
 
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, StorageError
-from pyworkflow_ray.storage.checked_files import CheckedFiles, all_sums, url
-from pyworkflow_ray.storage.checkpoint import CheckpointChanged, CompactedRuns
+from pyworkflow_ray.storage.checked_files import CheckedFiles, Held, all_sums, url
+from pyworkflow_ray.storage.checkpoint import CheckpointChanged, CompactedRuns, with_retries
 from pyworkflow_ray.storage.listing import Stock, read_many, stock
 from pyworkflow_ray.storage.stocktaking import keep_blocks, known_blocks
 from pyworkflow_ray.storage.storage import Storage
@@ -191,7 +192,7 @@ def _snapshot(storage: StoragePort, wanted: list[str]) -> tuple[Rows, CompactedR
     if not wanted:
         return Rows([]), None, None
     if not isinstance(storage, Storage):
-        return _gather(storage, storage.list_run_ids(), wanted), None, None
+        return with_retries(lambda: _snapshot_of_bucket(storage, wanted))
     for left in range(_TRIES, 0, -1):
         found: Stock = stock(storage)
         rows = _gather(storage, sorted({*found.journals, *found.damaged}), wanted)
@@ -207,6 +208,23 @@ def _snapshot(storage: StoragePort, wanted: list[str]) -> tuple[Rows, CompactedR
             if left == 1:
                 raise
     raise AssertionError("not reached")
+
+
+def _snapshot_of_bucket(
+    storage: StoragePort, wanted: list[str]
+) -> tuple[Rows, CompactedRuns | None, CheckedFiles | None]:
+    """Of a bucket: the files that the query names are fetched whole, many at a time, and held while it is answered."""
+    found = storage.run_directories()  # before the manifest, so that a run that moves meanwhile is met
+    compacted = CompactedRuns(storage)
+    if not compacted.files:
+        return _gather(storage, found, wanted), None, None
+    held = compacted.ids().keys()
+    of = [file for file in compacted.files if file.table in wanted]
+    with ThreadPoolExecutor(storage.at_once, "fetching") as pool:
+        content = list(pool.map(compacted.content, of))
+    files = {url(file): Held(compacted.path(file), data) for file, data in zip(of, content, strict=True)}
+    rows = _gather(storage, [run_id for run_id in found if run_id not in held], wanted)
+    return rows, compacted, CheckedFiles().hold(files)
 
 
 def _gather(storage: StoragePort, run_ids: list[str], wanted: list[str]) -> Rows:

@@ -181,6 +181,12 @@ def run_files(compacted: CompactedRuns | None) -> dict[str, ParquetFile]:
     return {} if compacted is None else {file.path: file for file in compacted.files if file.table == "runs"}
 
 
+def rows_of(compacted: CompactedRuns) -> Iterator[Row]:
+    """The rows of all compacted runs."""
+    for number, file in enumerate(run_files(compacted).values()):
+        yield from _rows_of(compacted, file, number)
+
+
 def _rows_of(compacted: CompactedRuns, file: ParquetFile, part: int) -> Iterator[Row]:
     import pyarrow as pa
 

@@ -1,6 +1,6 @@
 """Reads everything that lies in a storage, and says what is damaged.
 
-Called by `storage verify`; calls every reader of the storage. Rules:
+Called by `storage verify`; calls every reader of the storage, and objects.verify for what only a bucket has. Rules:
 
 * Whatever any read would refuse is reported; one damage hides no other. What can't be told from a crash (a torn tail,
   files that no manifest names) is no damage.
@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pyworkflow_ray.engine.events import Event
 from pyworkflow_ray.errors import CorruptJournalError, RunNotFoundError, StorageError
@@ -26,9 +26,13 @@ from pyworkflow_ray.storage.checked import decode_checked
 from pyworkflow_ray.storage.codec import StorageCodec
 from pyworkflow_ray.storage.codec_mark import MARK
 from pyworkflow_ray.storage.directory import STORAGE_FILE, listing
+from pyworkflow_ray.storage.port import StoragePort
 from pyworkflow_ray.storage.revealing import refused
 from pyworkflow_ray.storage.stocktaking import catalogue_path
 from pyworkflow_ray.storage.storage import Storage
+
+if TYPE_CHECKING:
+    from pyworkflow_ray.storage.checkpoint import Holder
 
 _LEASE: Final = re.compile(r"([0-9a-f]{32})\.(lease|dead)")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
@@ -64,19 +68,26 @@ class Report:
                 self.add(error, run_id)
 
 
-def verify(storage: Storage, codec: StorageCodec | None = None) -> Report:
+def verify(storage: StoragePort, codec: StorageCodec | None = None) -> Report:
     """Read all of it. Raises nothing that is damage.
 
     Args:
         codec: Of a storage that is encrypted: its values are opened, too. None: their bytes are read, no more.
     """
     report = Report(codec=codec)
-    _small_files(storage, report)
     refs: dict[str, str] = {}
+    if not isinstance(storage, Storage):
+        from pyworkflow_ray.storage.objects.storage import ObjectStorage
+        from pyworkflow_ray.storage.objects.verify import verify_bucket
+
+        assert isinstance(storage, ObjectStorage)
+        verify_bucket(storage, report)
+        return report
+    _small_files(storage, report)
     unfinished = set(storage.unfinished_entries())
     for run_id in storage.run_directories():
         _journal(storage, run_id, unfinished, report, refs)
-    _checkpoints(storage, report, refs)
+    read_checkpoints(storage, report, refs)
     _blobs(storage, report, refs)
     _catalogue(storage, report)
     return report
@@ -119,7 +130,8 @@ def _journal(storage: Storage, run_id: str, unfinished: set[str], report: Report
         report.add(CorruptJournalError(f"run {run_id!r} has not ended, and {path} does not name it", path=path), run_id)
 
 
-def _checkpoints(storage: Storage, report: Report, refs: dict[str, str]) -> None:
+def read_checkpoints(storage: Holder, report: Report, refs: dict[str, str]) -> None:
+    """Every bit of what the manifest names, every event in it, and the manifest itself."""
     try:
         if storage.checkpoints.manifest().number < 0:
             return
@@ -144,7 +156,7 @@ def _checkpoints(storage: Storage, report: Report, refs: dict[str, str]) -> None
         report.add(error)
 
 
-def _batch(storage: Storage, compacted: Any, batch: Any, report: Report, refs: dict[str, str]) -> None:
+def _batch(storage: Holder, compacted: Any, batch: Any, report: Report, refs: dict[str, str]) -> None:
     """Every bit of a batch's files, every event in them, and that their parts agree."""
     from pyworkflow_ray.storage.checkpoint import CheckpointChanged, event_of
 

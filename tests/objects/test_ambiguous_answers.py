@@ -77,7 +77,7 @@ def test_a_stale_owner_is_refused_whatever_the_store_answers(store: ObjectStorag
 def test_nothing_above_a_slot_of_unknown_fate_is_acknowledged(
     store: ObjectStorage, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_place", lambda run_id, real=store._place: replace_tries(real(run_id)))
+    monkeypatch.setattr(store, "place", lambda run_id, real=store.place: replace_tries(real(run_id)))
     store.create_run(created("run", store.storage_id))
     journal, _ = store.activate("run", "")
     proxy.faults = [fault("503", "/run/0000000017", times=2)]

@@ -14,6 +14,7 @@ The mutants at the end show that each part of the protocol is needed: without it
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -71,7 +72,7 @@ class ModelBucket:
 
     async def get(self, key: str) -> Found | None:
         data = await Request("get", key)
-        return None if data is None else Found(data, "")
+        return None if data is None else Found(data, "", time.time())
 
     async def listing(self, prefix: str) -> list[Entry]:
         self._listed = await Request("list", prefix)

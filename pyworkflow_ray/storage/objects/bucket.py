@@ -55,14 +55,16 @@ class Entry:
     key: str
     modified_at: float
     e_tag: str
+    size: int = 0
 
 
 @dataclass(slots=True, frozen=True)
 class Found:
-    """An object as it was read."""
+    """An object as it was read. modified_at: by the store's clock."""
 
     data: bytes
     e_tag: str
+    modified_at: float = 0.0
 
 
 class Bucket(Protocol):
@@ -87,8 +89,14 @@ class Bucket(Protocol):
 
     async def get_many(self, keys: Sequence[str]) -> list[Found | None]: ...
 
+    async def get_part(self, key: str, start: int, length: int) -> bytes | None:
+        """`length` bytes of an object from `start` on; None where there is no such object."""
+
     async def listing(self, prefix: str) -> list[Entry]:
         """All objects below `prefix` (which ends with a slash)."""
+
+    async def names(self, prefix: str) -> list[str]:
+        """Names in `prefix`, of objects and of "directories"."""
 
     async def list_prefixes(self, prefix: str) -> list[str]:
         """Names of the "directories" in `prefix`."""
@@ -101,6 +109,9 @@ class Bucket(Protocol):
 
     async def delete(self, key: str) -> None:
         """No error where it is gone."""
+
+    async def delete_many(self, keys: Sequence[str]) -> None:
+        """No error where some are gone; in any order."""
 
     async def pause(self, seconds: float) -> None: ...
 
@@ -165,8 +176,14 @@ class ObstoreBucket:
     async def get_many(self, keys: Sequence[str]) -> list[Found | None]:
         return list(await gather_all(self.get(key) for key in keys))
 
+    async def get_part(self, key: str, start: int, length: int) -> bytes | None:
+        return await self._again(lambda: self._call(_get_part, key, start, length))
+
     async def listing(self, prefix: str) -> list[Entry]:
         return await self._again(lambda: self._call(_list, prefix))
+
+    async def names(self, prefix: str) -> list[str]:
+        return await self._again(lambda: self._call(_names, prefix))
 
     async def list_prefixes(self, prefix: str) -> list[str]:
         return await self._again(lambda: self._call(_list_prefixes, prefix))
@@ -179,6 +196,10 @@ class ObstoreBucket:
 
     async def delete(self, key: str) -> None:
         await self._again(lambda: self._call(_delete, key))
+
+    async def delete_many(self, keys: Sequence[str]) -> None:
+        if keys:
+            await self._again(lambda: self._call(_delete, list(keys)))
 
     async def pause(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -231,7 +252,17 @@ def _get(store: ObjectStore, key: str) -> Found | None:
 
     try:
         result = obstore.get(store, key)
-        return Found(bytes(result.bytes()), str(result.meta["e_tag"] or ""))
+        meta = result.meta
+        return Found(bytes(result.bytes()), str(meta["e_tag"] or ""), meta["last_modified"].timestamp())
+    except FileNotFoundError:
+        return None
+
+
+def _get_part(store: ObjectStore, key: str, start: int, length: int) -> bytes | None:
+    import obstore
+
+    try:
+        return bytes(obstore.get_range(store, key, start=start, length=length))
     except FileNotFoundError:
         return None
 
@@ -240,7 +271,17 @@ def _list(store: ObjectStore, prefix: str) -> list[Entry]:
     import obstore
 
     found = obstore.list(store, prefix, chunk_size=1000).collect()
-    return [Entry(meta["path"], meta["last_modified"].timestamp(), str(meta["e_tag"] or "")) for meta in found]
+    return [
+        Entry(meta["path"], meta["last_modified"].timestamp(), str(meta["e_tag"] or ""), meta["size"]) for meta in found
+    ]
+
+
+def _names(store: ObjectStore, prefix: str) -> list[str]:
+    import obstore
+
+    result = obstore.list_with_delimiter(store, prefix)
+    paths = [*result["common_prefixes"], *(meta["path"] for meta in result["objects"])]
+    return [path.rstrip("/").rpartition("/")[2] for path in paths]
 
 
 def _list_prefixes(store: ObjectStore, prefix: str) -> list[str]:
@@ -265,11 +306,11 @@ def _modified_at(store: ObjectStore, key: str) -> float | None:
         return None
 
 
-def _delete(store: ObjectStore, key: str) -> None:
+def _delete(store: ObjectStore, keys: str | list[str]) -> None:
     import obstore
 
     try:
-        obstore.delete(store, key)
+        obstore.delete(store, keys)
     except FileNotFoundError:
         pass
 

@@ -6,6 +6,8 @@ tests/property/test_slot_model.py:
 * A slot is ours if the store says so, or if what lies there begins with our nonce. After any error the slot is read:
   the error proves nothing. Where nothing lies there the same bytes are written again, for the first try may still come.
 * Take over: read up to the first free slot, claim it. The claim is exclusive, so all that was read is final then.
+* A claim under the lease `RETIRED` is a compaction's, and the last: it says that the history, which has ended, moves
+  into a checkpoint. Its slots go later, slot 0 first; `trust` says how stale owners and takers notice.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from pyworkflow_ray.engine.events import Event
 from pyworkflow_ray.errors import CorruptJournalError, FencedError, RunNotFoundError, StorageError
 from pyworkflow_ray.failpoints import failpoint
 from pyworkflow_ray.storage.epochs import Standing
+from pyworkflow_ray.storage.journal import RETIRED
+from pyworkflow_ray.storage.objects import trust
 from pyworkflow_ray.storage.objects.bucket import Bucket, BucketError, bucket_failed
 from pyworkflow_ray.storage.objects.slots import (
     WINDOW,
@@ -105,7 +109,7 @@ def _is_ours(found: bytes, data: bytes, where: str) -> bool:
 
 
 async def read_walk(place: Place) -> Walk:
-    """The run's history as it is now.
+    """The run's history as it is now, or none of it.
 
     Raises:
         RunNotFoundError: there is no such run.
@@ -114,9 +118,12 @@ async def read_walk(place: Place) -> Walk:
     """
     prefix = run_prefix(place.run_id)
     try:
-        entries = await place.bucket.listing(prefix)
-        numbers = [int(name) for name in (entry.key[len(prefix) :] for entry in entries) if name.isdigit()]
-        found = await place.bucket.get_many([place.key(number) for number in numbers])
+        for _ in range(_READ_TRIES):
+            entries = await place.bucket.listing(prefix)
+            numbers = [int(name) for name in (entry.key[len(prefix) :] for entry in entries) if name.isdigit()]
+            found = await place.bucket.get_many([place.key(number) for number in numbers])
+            if None not in found:
+                break  # else it is being removed: what is left of it must not pass for a shorter history
     except BucketError as error:
         raise bucket_failed("reading", f"{place.bucket.url}/{prefix}", error) from error
     objects = {number: one.data for number, one in zip(numbers, found, strict=True) if one is not None}
@@ -149,7 +156,7 @@ async def read_owner(place: Place) -> SlotHead:
         found = await place.bucket.get_many([place.key(number) for number in last])
     except BucketError as error:
         raise bucket_failed("reading", f"{place.bucket.url}/{prefix}", error) from error
-    if not numbers:
+    if 0 not in numbers or None in found:  # none, or what is left of one
         raise RunNotFoundError(f"no run {place.run_id!r} in {place.bucket.url}", run_id=place.run_id)
     try:
         objects = {number: one.data for number, one in zip(last, found, strict=True) if one is not None}
@@ -168,7 +175,10 @@ def _damaged(place: Place, error: CorruptJournalError) -> CorruptJournalError:
 
 @dataclass(slots=True)
 class Owned:
-    """What an owner begins with. first: epoch 0, in which his first slot alone shows whether it is his."""
+    """What an owner begins with. first: epoch 0, in which his first slot alone shows whether it is his.
+
+    seen: when all of the run's slots were there, as `trust` wants it.
+    """
 
     view: View
     nonce: str
@@ -176,6 +186,24 @@ class Owned:
     next_slot: int
     chain: int
     first: bool
+    seen: trust.Moment | None = None
+
+
+async def is_there(place: Place, origin: str) -> bool:
+    """Whether the run that began with the nonce `origin` still has all its slots.
+
+    Raises:
+        BucketError: the store can't be read.
+    """
+    found = await place.bucket.get(place.key(0))
+    return found is not None and nonce_of(found.data)[:-1] == origin.encode()
+
+
+def compacted_away(place: Place) -> FencedError:
+    return FencedError(
+        f"run {place.run_id!r} has ended and was compacted since this owner last wrote: it can't go on",
+        path=place.where(0),
+    )
 
 
 async def continue_first(place: Place, lease: str) -> Owned:
@@ -195,21 +223,27 @@ async def continue_first(place: Place, lease: str) -> Owned:
         raise FencedError(
             f"run {place.run_id!r}: epoch 0 belongs to lease {made.lease!r}, not {lease!r}", path=place.where(0)
         )
-    return Owned(view, place.bucket.token(), 0, made.next_slot, made.chain, True)
+    seen = trust.seen_at(found.modified_at)
+    return Owned(view, place.bucket.token(), 0, made.next_slot, made.chain, True, seen)
 
 
-async def take_over(place: Place, lease: str, after: int | None = None) -> Owned:
-    """Claim the next epoch (or exactly `after` + 1).
+async def take_over(
+    place: Place, lease: str, after: int | None = None, known: tuple[trust.Moment, View] | None = None
+) -> Owned:
+    """Claim the next epoch (or exactly `after` + 1). known: a reading, and when it began.
 
     Raises:
-        FencedError: another owner was faster.
+        FencedError: another owner was faster, or a compaction.
         RunNotFoundError, CorruptJournalError, StorageError: as `read_view`, and where the claim can't be written.
     """
     nonce = place.bucket.token()
     before: int | None = after
     for _ in range(_READ_TRIES):
-        view = await read_view(place)  # damage is found before anything is written
-        at = view.walk
+        # Damage is found before anything is written.
+        seen, view = known if known is not None else (trust.now(), await read_view(place))
+        at, known = view.walk, None
+        if at.lease == RETIRED:
+            raise compacted_away(place)
         if before is not None and at.epoch != before:
             raise FencedError(
                 f"run {place.run_id!r}: its newest epoch is {at.epoch}, not {before}: another owner has it",
@@ -228,8 +262,29 @@ async def take_over(place: Place, lease: str, after: int | None = None) -> Owned
         )
         data, chain = encode_slot(head, nonce, ())
         if await create_once(place.bucket, place.key(head.slot), data, place.tries):
-            return Owned(view, nonce, head.epoch, head.next, chain, False)
+            if not trust.is_trusted(seen) and not await _is_still_there(place, at.origin):
+                raise compacted_away(place)
+            return Owned(view, nonce, head.epoch, head.next, chain, False, seen)
         # Another's slot: a claim (the next reading says so), or one more event of the owner before.
     raise StorageError(
         f"run {place.run_id!r}: its owner wrote during each of {_READ_TRIES} takings", path=place.where(0)
     )
+
+
+async def _is_still_there(place: Place, origin: str) -> bool:
+    try:
+        return await is_there(place, origin)
+    except BucketError as error:
+        raise bucket_failed("reading", place.where(0), error) from error
+
+
+async def make_final(place: Place, known: tuple[trust.Moment, View]) -> View:
+    """Claim a run that has ended, as that reading says, for a compaction: its history, with which nobody goes on.
+
+    Raises:
+        FencedError: somebody was faster, to resume it. Others as `take_over`.
+    """
+    view = known[1]
+    if view.walk.lease == RETIRED:
+        return view
+    return (await take_over(place, RETIRED, view.walk.epoch, known)).view

@@ -7,6 +7,8 @@ Made by `storage`; called by the run actor from one thread, and does its writing
 * An append is acknowledged when its slot and all lower ones are ours. A slot that is another's ends this owner
   ("fenced"), one whose fate can't be learned in time abandons the epoch; then nothing above it is ever acknowledged.
 * Of epoch 0 only the first slot is in flight until it is ours; see `slots`.
+* An owner whose last acknowledged slot is older than can be trusted (`trust`) looks whether slot 0 is there, before he
+  writes and after: the run may have been ended by another owner, compacted and removed meanwhile.
 
 Faults: as `bucket`. What was in flight when this owner died may land much later, or not at all: it is history if it
 came before the next owner's claim, and else never looked at.
@@ -23,7 +25,8 @@ from typing import Any, Final, Literal, Protocol
 from pyworkflow_ray.engine.events import Event
 from pyworkflow_ray.errors import FencedError, PyWorkflowError, StorageError
 from pyworkflow_ray.failpoints import failpoint
-from pyworkflow_ray.storage.objects.commit import Owned, Place, create_once
+from pyworkflow_ray.storage.objects import trust
+from pyworkflow_ray.storage.objects.commit import Owned, Place, compacted_away, create_once, is_there
 from pyworkflow_ray.storage.objects.slots import WINDOW, SlotHead, encode_slot
 from pyworkflow_ray.storage.record import event_body
 
@@ -54,6 +57,7 @@ class _Commit:
 @dataclass(slots=True)
 class _InFlight:
     commits: list[_Commit] = field(default_factory=list)
+    began: trust.Moment = (0.0, 0.0)
     done: bool = False
     error: Exception | None = None
 
@@ -99,6 +103,8 @@ class ObjectJournal:
         self._flight: dict[int, _InFlight] = {}
         self._low = self._next = owned.next_slot
         self._chain = owned.chain
+        self._seen = owned.seen
+        self._origin: Final = owned.view.walk.origin
 
     def append(self, events: Sequence[Event]) -> Future[int]:
         """Write `events`; the future will hold the seq that is durable with them, or why there is none.
@@ -160,14 +166,21 @@ class ObjectJournal:
             )
             data, self._chain = encode_slot(head, self._nonce, [body for one in commits for body in one.bodies])
             self._next += 1
-            self._flight[slot] = _InFlight(commits)
+            self._flight[slot] = _InFlight(commits, trust.now())
             self._runner.spawn(self._write(slot, data))
 
     async def _write(self, slot: int, data: bytes) -> None:
         error: Exception | None = None
+        place, seen, began = self._place, self._seen, trust.now()
         try:
-            if not await create_once(self._place.bucket, self._place.key(slot), data, self._place.tries):
+            if not trust.is_trusted(seen) and not await is_there(place, self._origin):
+                error = compacted_away(place)
+            elif not await create_once(place.bucket, place.key(slot), data, place.tries):
                 error = self._fenced(slot)
+            elif not trust.is_trusted(seen) and not await is_there(place, self._origin):
+                if trust.is_trusted(began):  # nobody has begun another run of this id meanwhile
+                    await place.bucket.delete(place.key(slot))
+                error = compacted_away(place)
         except Exception as failed:
             error = failed if isinstance(failed, StorageError) else StorageError(f"{self._place.where(slot)}: {failed}")
         self._landed(slot, error)
@@ -186,6 +199,7 @@ class ObjectJournal:
             del self._flight[self._low]
             self._low += 1
             self._alone = False
+            self._seen = lowest.began
             failpoint("slot.before_ack")
             for commit in lowest.commits:
                 self.last_seq = commit.last_seq

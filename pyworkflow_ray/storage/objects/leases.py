@@ -98,6 +98,15 @@ async def join_lease(bucket: Bucket, storage_id: str, lease_id: str) -> None:
     raise bucket_failed("joining lease", where, failed or BucketError("it changed at every try"))
 
 
+async def store_time(bucket: Bucket) -> float:
+    """The time by the store's clock."""
+    await bucket.put(CLOCK, bucket.token().encode())
+    now = await bucket.modified_at(CLOCK)
+    if now is None:
+        raise BucketError("an object that was written is not there")
+    return now
+
+
 class Renewer:
     """Renews one lease for one process, for as long as somebody here holds it."""
 
@@ -229,7 +238,7 @@ class Registry:
     async def _declare(self, looks: dict[str, _Look], states: LeaseStates) -> None:
         doubtful = {lease_id: look for lease_id, look in looks.items() if not _held_here(self._bucket, lease_id)}
         while doubtful:
-            now = await self._now()
+            now = await store_time(self._bucket)
             for lease_id, look in list(doubtful.items()):
                 modified_at = await self._modified_at(lease_id)
                 found = await self._bucket.get(lease_key(lease_id))
@@ -244,14 +253,6 @@ class Registry:
 
     async def _modified_at(self, lease_id: str) -> float | None:
         return await self._bucket.modified_at(lease_key(lease_id))
-
-    async def _now(self) -> float:
-        """The time by the store's clock."""
-        await self._bucket.put(CLOCK, self._bucket.token().encode())
-        now = await self._bucket.modified_at(CLOCK)
-        if now is None:
-            raise BucketError("an object that was written is not there")
-        return now
 
     async def _mark(self, lease_id: str, e_tag: str) -> bool:
         data = _encode(self._bucket, self._storage_id, lease_id, "dead")

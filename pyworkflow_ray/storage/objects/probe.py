@@ -111,7 +111,7 @@ async def open_storage_object(bucket: Bucket, *, create: bool) -> str:
 
 async def _make(bucket: Bucket) -> None:
     """Make `storage.json`. Of several makers one wins, and all find its id."""
-    if await bucket.peek("runs/"):
+    if await bucket.peek("runs/") or await bucket.peek("checkpoints/manifests/"):
         raise CorruptJournalError(
             f"{bucket.url}/{STORAGE_KEY} is missing from a storage that holds runs: restore it", path=bucket.url
         )

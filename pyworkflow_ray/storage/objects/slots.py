@@ -11,6 +11,7 @@ Called by `commit`, `journal` and `storage`; calls `record` and `epochs`. Rules:
   until it is his.
 * Each head names the check of the slot before it in the history. A slot that was swapped, dropped, repeated or brought
   from elsewhere, and every flipped bit, is damage; a cut object too, for objects appear whole.
+* A run that was compacted goes by its slot 0 first, so whoever finds slot 0 after a look has seen all the others.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ class Walk:
 
     records: (epoch, body) of each event. next_slot: the first free slot: where its owner writes next and a taker
     claims. owner: nonce of the owner of the newest epoch, "" while epoch 0 has none. chain: check of the last slot.
+    origin: nonce of slot 0, which tells this run from a later one of the same id.
     """
 
     records: list[tuple[int, bytes]] = field(default_factory=list)
@@ -121,6 +123,7 @@ class Walk:
     lease: str = ""
     owner: str = ""
     chain: int = 0
+    origin: str = ""
 
     @property
     def last_seq(self) -> int:
@@ -150,6 +153,7 @@ class Walk:
             self.records.append((head.epoch, body))
         self.epoch, self.lease, self.chain = head.epoch, head.lease, slot.chain
         self.owner = "" if head.kind == "create" else slot.nonce
+        self.origin = self.origin or slot.nonce
         self.next_slot = head.next
 
     def events(self, storage_id: str, run_id: str) -> list[Event]:

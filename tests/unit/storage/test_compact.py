@@ -9,7 +9,7 @@ import pytest
 
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, FencedError, RunNotFoundError, StorageError
-from pyworkflow_ray.storage import compact as compacting
+from pyworkflow_ray.storage import compact_batches as compacting
 from pyworkflow_ray.storage import storage as storing
 from pyworkflow_ray.storage.checkpoint import CompactedRuns
 from pyworkflow_ray.storage.compact import Compaction, Rules, compact
