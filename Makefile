@@ -69,8 +69,8 @@ docs: setup ## the documentation site, in build/docs; a warning is an error, and
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
 	@echo "open build/docs/index.html"
 
-bench: $(VENV)/.bench ## throughput, latency, start-up and recovery beside bare Ray: table and JSON
-	$(BIN)/python -m benchmarks.runs
+bench: $(VENV)/.bench ## every benchmark, each beside its peers and the machine's limit: table, JSON and plots in build/bench
+	$(BIN)/python -m benchmarks
 
 $(VENV)/.bench: $(VENV)/.complete requirements/bench.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r requirements/bench.lock

@@ -72,3 +72,28 @@ async def gather_singles(items: int) -> int:
     import asyncio
 
     return len(await asyncio.gather(*(task_step(n) for n in range(items))))
+
+
+@workflow
+async def many_local(steps: int) -> int:
+    """So many local steps, one after another."""
+    done = 0
+    for _ in range(steps):
+        done = await local_step(done)
+    return done
+
+
+@workflow
+async def asleep(seconds: float) -> None:
+    """Parked for so long."""
+    from pyworkflow_ray import sleep
+
+    await sleep(seconds)
+
+
+@workflow
+async def waiting(steps: int, seconds: float) -> int:
+    """Steps that wait, all at once."""
+    import asyncio
+
+    return len(await asyncio.gather(*(slow_step(seconds) for _ in range(steps))))

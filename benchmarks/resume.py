@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pyworkflow_ray import step, workflow
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpoint", action="store_true")
+    parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
@@ -124,7 +126,10 @@ def main() -> None:
             compact(storage, Rules(live_bytes=1))
         # In a process whose memory holds nothing else, as a run actor's.
         command = [sys.executable, "-m", "benchmarks.resume", "--rounds", str(given.rounds), "--measure", *roots]
-        subprocess.run(command, check=True)
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        print(found, end="")
+        if given.json:
+            Path(given.json).write_text(found)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ Each line is the median of several rounds taken in turns. "before" is an attempt
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from pyworkflow_ray.execution import context
 from pyworkflow_ray.execution.context import KeyScope, StepContext, entered, trace_attempts
@@ -53,6 +56,9 @@ def on() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    given = parser.parse_args()
     assert not any(name.startswith("opentelemetry") for name in sys.modules)
     silent = in_turns(
         {
@@ -79,8 +85,11 @@ def main() -> None:
                 "attempt with a span of the user's, written down": (on, with_span),
             }
         )
-    for name, median in {**silent, **asked}.items():
+    figures = {**silent, **asked}
+    for name, median in figures.items():
         print(f"{name:<50} {median:8.2f} µs")
+    if given.json:
+        given.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -192,8 +192,8 @@ class Listed:
 class Filter:
     """What a list shows. A state and a status are asked for alike: both name what the run is now.
 
-    text: all of its words, whatever their case, are in the run's id, workflow or attributes, or in what it is at: state,
-    step, why, next. Of a completed run, which is at nothing, only the former count, so that it need not be read.
+    text: all of its words, whatever their case, are in the run's id, workflow or attributes, or in what it is at:
+    state, step, why, next. Of a completed run, which is at nothing, only the former count, so that it need not be read.
     """
 
     states: frozenset[str] = frozenset()
