@@ -166,7 +166,8 @@ def by_nodes(rounds: int, steps: int = 200) -> dict[str, Any]:
 def _wide(steps: int) -> float:
     import pyworkflow_ray as pw
 
-    pw.run(waiting, 20, WAIT_S)  # workers are started
+    for _ in range(3):  # each node has started its worker by then
+        pw.run(waiting, 100, WAIT_S)
     began = time.perf_counter()
     pw.run(waiting, steps, WAIT_S)
     return steps / (time.perf_counter() - began)
