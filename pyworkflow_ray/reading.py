@@ -71,16 +71,15 @@ class Reader:
 
         return revealed(run_id, events, StorageCodec(cast("Any", self.storage)))
 
-    def listing(self, wanted: Filter, limit: int, before: str | None, give_up_at: float | None = None) -> Listed:
+    def listing(self, wanted: Filter, limit: int, before: str | None, search_s: float | None = None) -> Listed:
         """The newest `limit` runs that are wanted, and what is wrong with runs that can't be read, wanted or not.
 
         Args:
             wanted: Which runs.
             limit: At most so many.
             before: Only runs that come after this one in the list: its id, or a cursor of `Listed`.
-            give_up_at: An instant of `time.monotonic` at which to leave off, though the list is not full, once `limit`
-                runs were looked at: what a run is at can only be told by reading it, and there may be very many that
-                are not wanted.
+            search_s: Leave off after so many seconds, though the list is not full, once `limit` runs were looked at:
+                what a run is at can only be told by reading it, and there may be very many that are not wanted.
         """
         from pyworkflow_ray.storage.listing import page
 
@@ -92,9 +91,11 @@ class Reader:
         first = self._named_by(wanted, now, found)
         if first is not None and before is None:
             found.views.append(first)
-        size = limit + 1
+        size, give_up_at = limit + 1, None
         while not found.more:
             rows = page(self.storage, query, size)
+            if give_up_at is None and search_s is not None:
+                give_up_at = time.monotonic() + search_s  # from here: the first rows may have taken long, once
             size = min(MOST_AT_ONCE, 4 * size)  # what follows a page with few wanted ones is like it
             found.damaged |= rows.damaged
             for row in rows.rows:

@@ -54,12 +54,17 @@ class Looks:
         self._storage: StoragePort | None = None
         self._shared: dict[Hashable, tuple[asyncio.Future[Look[Any]], float]] = {}
         self._threads = CapacityLimiter(THREADS)
+        self._lists = CapacityLimiter(1)  # the first list of a large storage makes the next ones quick: no two at once
         self._warming: asyncio.Future[Look[Listed]] | None = None
 
     async def listing(self, wanted: Filter, limit: int, before: str | None) -> Look[Listed]:
         """A page of the list; it gives up searching in time for the page to be quick."""
         key = ("list", repr(wanted), limit, before)
-        return await self._read(key, lambda: self._reader().listing(wanted, limit, before, time.monotonic() + SEARCH_S))
+
+        def look() -> Listed:
+            return self._reader().listing(wanted, limit, before, SEARCH_S)
+
+        return await self.once(key, lambda: to_thread.run_sync(look, limiter=self._lists))
 
     def warm(self) -> None:
         """Have the storage looked at before anybody asks: what is first is slow."""
