@@ -111,13 +111,15 @@ def value_lines(view: m.RunView) -> list[tuple[str, str]]:
 def attempt_rows(step: m.StepView, view: m.RunView, tz: dt.tzinfo) -> list[list[str]]:
     """The attempts of a step with the delay after each and why it was chosen. Equal failures in a row collapse."""
     rows: list[list[str]] = []
+    before = ""
     for attempt in step.attempts:
         text = attempt.error.line if attempt.error else (attempt.cause or "").replace("_", " ")
         number = str(attempt.attempt)
         if attempt.counts:
             number += f"–{attempt.attempt + attempt.number - 1}" if attempt.number > 1 else ""
             text = ", ".join(f"{name} {count}" for name, count in attempt.counts.items())
-        if attempt.error and rows and rows[-1][-1].partition("   ")[0] in (text, '"'):
+        same, before = attempt.error is not None and text == before, text
+        if same:
             text = '"'  # the same again
         delay = "" if attempt.delay_s is None else f"{format_duration(attempt.delay_s)} {attempt.delay_reason or ''}"
         rows.append(

@@ -15,6 +15,7 @@ from pyworkflow_ray.observability.html import timeline_svg
 from pyworkflow_ray.observability.text import attempt_rows, timeline
 from pyworkflow_ray.observability.view import explain
 from pyworkflow_ray.observability.words import ASCII, GLYPHS
+from tests.unit.observability.conftest import error
 
 START = 1_800_000_000.0
 Make = Callable[..., Any]
@@ -64,6 +65,25 @@ def test_delay_of_each_attempt_and_why_it_was_chosen_is_shown(retrying: Any) -> 
     rows = attempt_rows(view.steps[2], view, UTC)
     assert [row[4] for row in rows] == ["30s backoff", "1m backoff", "2m backoff", "3m 26s backoff"]
     assert [row[5] for row in rows] == ["ConnectionError: 503 from payments", '"', '"', '"']
+
+
+def test_another_error_between_equal_ones_is_shown(history: Make) -> None:
+    run = history().activated(0).scheduled(0, "charge", max_retries=9)
+    for attempt, what in enumerate(("503", "503", "429", "429", "503"), start=1):
+        run.failed_attempt(attempt, "1", attempt, 1, what=error("ConnectionError", what, "transient"))
+    view = explain(run.events, START + 9)
+    told = [row[5] for row in attempt_rows(view.steps[0], view, UTC)]
+    assert told == ["ConnectionError: 503", '"', "ConnectionError: 429", '"', "ConnectionError: 503"]
+
+
+def test_the_labels_of_cuts_do_not_cover_the_times(history: Make) -> None:
+    run = history().activated(0).scheduled(7200, "a").completed_step(7201, "1", took=1)
+    texts = ElementTree.fromstring(timeline_svg(explain(run.events, START + 7300))).iter(
+        "{http://www.w3.org/2000/svg}text"
+    )
+    places = {text.get("y") for text in texts if "╱" in (text.text or "")}
+    assert len(places) == 1
+    assert places.isdisjoint({"12"})  # where the times stand
 
 
 def test_every_glyph_has_an_ascii_twin() -> None:
