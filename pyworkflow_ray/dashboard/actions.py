@@ -92,6 +92,10 @@ class Actions:
             return RedirectResponse(await asyncio.shield(done), 303)
         except Away as error:
             self._forms.pop(key, None)
+            if error.asked:
+                return self._refused(
+                    503, f"It is not known whether it was done: look before you try again. {error}", back
+                )
             return self._refused(503, f"Nothing was done: this needs Ray. {error}", back)
         except PyWorkflowError as error:
             self._forms.pop(key, None)

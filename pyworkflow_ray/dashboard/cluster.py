@@ -16,12 +16,13 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from pyworkflow_ray.dashboard.parts import Reach
 from pyworkflow_ray.errors import PyWorkflowError
 
+HANDS: Final = (sys.executable, "-m", "pyworkflow_ray.dashboard.hands")
 CONNECT_S: Final = 60.0  # importing Ray and connecting, on a busy machine
 ANSWER_S: Final = 60.0  # as long as `resume` waits at most, and more
 AGAIN_S: Final = 15.0  # until a cluster that was not there is looked for again; doubled each time
@@ -30,14 +31,19 @@ LINE_BYTES: Final = 2**24
 
 
 class Away(Exception):
-    """There is no Ray to act through; the message says why."""
+    """There is no Ray to act through; the message says why. asked: it was lost while it was to do something."""
+
+    def __init__(self, why: str, *, asked: bool = False) -> None:
+        super().__init__(why)
+        self.asked = asked
 
 
 class Cluster:
     """See the module. For one event loop."""
 
-    def __init__(self, root: str, address: str | None, *, off: bool = False) -> None:
-        """off: there is nothing to be done, and no Ray is looked for."""
+    def __init__(self, root: str, address: str | None, *, off: bool = False, command: Sequence[str] = HANDS) -> None:
+        """off: there is nothing to be done, and no Ray is looked for. command: of the child."""
+        self._command = command
         self._off = off
         self._told = {"storage": root, "address": address}
         self._child: asyncio.subprocess.Process | None = None
@@ -86,8 +92,9 @@ class Cluster:
             _write(child, {"id": number, "do": what, "with": dict(given)})
             return await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
-            self._lose(child, f"Ray did not answer within {timeout_s:.0f} s")
-            raise Away(self._why) from None
+            why = f"Ray did not answer within {timeout_s:.0f} s"
+            self._lose(child, why)
+            raise Away(why, asked=True) from None
         finally:
             self._asked.pop(number, None)
 
@@ -106,7 +113,7 @@ class Cluster:
         child = None
         try:
             child = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "pyworkflow_ray.dashboard.hands",
+                *self._command,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=LINE_BYTES,
                 start_new_session=True,  # Ctrl-C is for us; it ends with us
             )  # fmt: skip
@@ -141,6 +148,8 @@ class Cluster:
                 if answer is not None and not answer.done():
                     if "refused" in told:
                         answer.set_exception(PyWorkflowError(told["refused"]))
+                    elif "failed" in told:
+                        answer.set_exception(Away(told["failed"], asked=True))
                     else:
                         answer.set_result(told["done"])
         except ValueError as error:
@@ -156,7 +165,7 @@ class Cluster:
             child.kill()
         for answer in self._asked.values():
             if not answer.done():
-                answer.set_exception(Away(why))
+                answer.set_exception(Away(why, asked=True))
 
 
 def _write(child: asyncio.subprocess.Process, message: dict[str, Any]) -> None:

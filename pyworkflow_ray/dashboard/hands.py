@@ -24,7 +24,7 @@ from pyworkflow_ray import breakers
 
 AT_ONCE: Final = 4
 LEAVE_S: Final = 3.0
-LIST_S: Final = 4.0  # for a breaker's actor to answer, when all are asked
+LIST_S: Final = 2.0  # for each breaker's actor to answer, when all are asked
 
 
 class Hands:
@@ -113,7 +113,7 @@ def _do(deed: Callable[..., Any], order: dict[str, Any], say: Callable[[dict[str
     except pw.PyWorkflowError as error:
         say({"id": order["id"], "refused": str(error) or type(error).__name__})
     except BaseException as error:
-        say({"id": order["id"], "refused": f"{type(error).__name__}: {error}"})
+        say({"id": order["id"], "failed": f"{type(error).__name__}: {error}"})
         os._exit(1)
 
 

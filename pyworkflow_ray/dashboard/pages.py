@@ -37,7 +37,7 @@ STATES: Final = (
     "retrying", "stuck", "waiting", "pending", "running", "parked", "paused", "completed", "failed", "cancelled",
 )  # fmt: skip
 SPANS: Final = ("15m", "1h", "1d", "7d", "30d")
-BREAKERS_S: Final = 6.0
+BREAKERS_S: Final = 3.0  # then what the storage keeps is shown: an actor that hangs is waited for elsewhere
 LIST_S: Final = 2.0  # a storage whose runs were never listed is read as a whole, once: the page says so meanwhile
 
 
@@ -54,7 +54,7 @@ class Screen:
 Draw = Callable[[], Awaitable[Screen]]
 
 
-class BadRequest(Exception):
+class BadRequest(ValueError):
     """The address asks for what there can't be; the message says what."""
 
 
@@ -170,13 +170,12 @@ class Pages:
         """Those of the cluster where one is connected, else as the storage keeps them. names: only these."""
         if self._cluster.reach.state == "connected":
             try:
-                look: Look[Any] = await self._looks.once(
-                    ("cluster",), lambda: self._cluster.call("list_breakers", {}, BREAKERS_S)
-                )
+                asked = self._looks.once(("cluster",), lambda: self._cluster.call("list_breakers", {}))
+                look: Look[Any] = await asyncio.wait_for(asked, BREAKERS_S)
                 told = look.seen
                 found = [BreakerSnapshot(**{**one, "state": BreakerState(one["state"])}) for one in told["found"]]
                 return Breakers([one for one in found if names is None or one.name in names], silent=told["silent"])
-            except (Away, PyWorkflowError):
+            except (Away, PyWorkflowError, TimeoutError):
                 pass  # it is gone since: what is kept is what can be shown
         kept = [one for one in (await self._looks.kept_breakers()).seen if names is None or one[0].name in names]
         return Breakers([one for one, _ in kept], [age_s for _, age_s in kept], kept=True)

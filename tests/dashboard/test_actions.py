@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from starlette.testclient import TestClient
 
 import pyworkflow_ray as pw
 from pyworkflow_ray.dashboard import hands
-from pyworkflow_ray.dashboard.cluster import Away
+from pyworkflow_ray.dashboard.cluster import Away, Cluster
 from pyworkflow_ray.dashboard.deeds import DEEDS, STEERS, offered
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.errors import PyWorkflowError
@@ -104,7 +106,11 @@ def test_a_refusal_is_said_and_the_form_may_be_sent_again(acting: tuple[TestClie
     assert answer.status_code == 409
     assert parse(answer.text).one("p", role="alert").text == "Refused: another Ray, which lives, owns <it>"
     recorded.answer = Away("it has gone")
-    assert client.post("/runs/order-42/wake", data=form).status_code == 503
+    answer = client.post("/runs/order-42/wake", data=form)
+    assert (answer.status_code, "Nothing was done" in answer.text) == (503, True)
+    recorded.answer = Away("it has gone", asked=True)
+    answer = client.post("/runs/order-42/wake", data=form)
+    assert (answer.status_code, "not known whether it was done" in answer.text) == (503, True)
     recorded.answer = "order-42"
     assert client.post("/runs/order-42/wake", data=form).status_code == 303
 
@@ -171,3 +177,34 @@ def test_hands_tell_what_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         os.sched_yield()
     told = {line["id"]: line for line in map(json.loads, answers.getvalue().splitlines())}
     assert told == {1: {"id": 1, "refused": "no run 'x'"}, 2: {"id": 2, "done": "y"}}
+
+
+async def test_a_child_that_is_lost_is_told_of_and_another_is_made(tmp_path: Path) -> None:
+    """The real pipes and processes; in the place of Ray a script that answers, or dies, as it is told."""
+    script = tmp_path / "hands.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "print(json.dumps({'ready': json.loads(sys.stdin.readline())['storage']}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    order = json.loads(line)\n"
+        "    if order['do'] == 'die': os._exit(1)\n"
+        "    if order['do'] != 'hang': print(json.dumps({'id': order['id'], 'done': os.getpid()}), flush=True)\n"
+    )
+    cluster = Cluster("here", None, command=(sys.executable, str(script)))
+    try:
+        first = await cluster.call("pause", {})
+        assert cluster.reach.state == "connected"
+        assert await cluster.call("pause", {}) == first
+        with pytest.raises(Away, match="was lost") as lost:
+            await cluster.call("die", {})
+        assert lost.value.asked
+        assert (cluster.reach.state, cluster.reach.why) == ("away", "the connection to it was lost")
+        second = await cluster.call("pause", {})
+        assert second != first
+        with pytest.raises(Away, match="did not answer within 0 s"):
+            await cluster.call("hang", {}, 0.1)
+        assert await cluster.call("pause", {}) not in (first, second)
+    finally:
+        await cluster.close()
+    with pytest.raises(Away):
+        await cluster.call("pause", {})

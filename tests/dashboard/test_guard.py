@@ -191,11 +191,13 @@ def locked(shop: Shop, opened: Open, monkeypatch: pytest.MonkeyPatch) -> TestCli
     return opened(shop, token=TOKEN)
 
 
-def test_without_the_token_nothing_is_shown(locked: TestClient) -> None:
+def test_without_the_token_nothing_is_shown(locked: TestClient, shop: Shop) -> None:
     for path in ("/", "/runs/order-42", "/runs/nobody", "/runs/order-42/live", "/live", "/breakers"):
         answer = locked.get(path)
         assert answer.status_code == 401
+        assert str(shop.root) not in answer.text
         assert "order" not in re.sub(r'name="to" value="[^"]*"', "", answer.text), path
+    assert str(shop.root) not in locked.post("/runs/order-42/cancel", data={}).text
     assert locked.get("/static/live.js").status_code == 200
 
 
