@@ -16,6 +16,7 @@ from processes import descendants, kill, until
 
 from pyworkflow_ray.engine.events import RunActivated, RunParked
 from pyworkflow_ray.observability.trace import trace_spans
+from pyworkflow_ray.runtime.messages import NAMESPACE, controller_name
 from pyworkflow_ray.runtime.observer_state import State
 from pyworkflow_ray.storage.storage import Storage
 from tests.otlp import Receiver, otlp_receiver
@@ -55,6 +56,14 @@ def observers(storage: Path) -> list[int]:
     return [pid for pid in descendants("observing import main") if state in open_files(pid)]
 
 
+def controller_of(storage: Storage) -> int:
+    """Its pid. This process is connected to another storage's."""
+    import ray
+
+    controller = ray.get_actor(controller_name(storage.storage_id), namespace=NAMESPACE)
+    return int(ray.get(controller.ready.remote())["pid"])
+
+
 def open_files(pid: int) -> str:
     found = []
     for handle in Path(f"/proc/{pid}/fd").iterdir():
@@ -85,6 +94,7 @@ def test_no_span_is_lost_none_comes_twice_and_none_is_an_orphan(ray_cluster: Non
         until(lambda: all(is_sent(state, storage, run_id) for run_id in runs), "what there is was sent")
         (observer,) = observers(root)  # between two batches: within one it would be sent again, with the same ids
         kill(observer)
+        kill(controller_of(storage))
         for number in range(RUNS):
             (folder / str(number) / "gate").touch()
         until(lambda: all(storage.read_run(run_id).finished for run_id in runs), "the runs have ended")
