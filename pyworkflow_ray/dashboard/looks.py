@@ -100,7 +100,7 @@ class Looks:
         """What `look` gives; whoever asks for the same meanwhile, or shortly after, is given it too."""
         now = time.monotonic()
         kept = self._shared.get(key)
-        if kept is None or (kept[0].done() and now - _seen_at(*kept) > FRESH_S):
+        if kept is None or (kept[0].done() and now > _fresh_until(*kept)):
             for old in [one for one, (future, _) in self._shared.items() if future.done()][:-KEPT]:
                 del self._shared[old]
             kept = self._shared[key] = (asyncio.ensure_future(_timed(look)), now)
@@ -125,8 +125,12 @@ async def _timed(look: Callable[[], Awaitable[T]]) -> Look[T]:
     return Look(seen, time.perf_counter() - began, time.monotonic())
 
 
-def _seen_at(future: asyncio.Future[Look[Any]], began: float) -> float:
-    return began if future.cancelled() or future.exception() is not None else future.result().at
+def _fresh_until(future: asyncio.Future[Look[Any]], began: float) -> float:
+    """What took long is kept the longer, or it would be old before anybody has come back for it."""
+    if future.cancelled() or future.exception() is not None:
+        return began + FRESH_S
+    look = future.result()
+    return look.at + max(FRESH_S, 3 * look.took_s)
 
 
 def _heard(future: asyncio.Future[Look[Any]]) -> None:
