@@ -49,6 +49,7 @@ class Cluster:
         self._child: asyncio.subprocess.Process | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
         self._why = ""
@@ -108,6 +109,8 @@ class Cluster:
         child, self._child = self._child, None
         if child is not None:
             await _end(child)
+        if self._ending:
+            await asyncio.wait(self._ending)
 
     async def _connect(self) -> None:
         child = None
@@ -131,7 +134,7 @@ class Cluster:
             self._look_at = time.monotonic() + self._wait_s
             self._wait_s = min(SELDOM_S, 2 * self._wait_s)
             if child is not None:
-                await _end(child, at_once=True)
+                await _end(child, at_once=not isinstance(error, Away))
         except asyncio.CancelledError:
             if child is not None:
                 await _end(child, at_once=True)
@@ -161,8 +164,9 @@ class Cluster:
         if self._child is not child:
             return
         self._child, self._why, self._look_at = None, why, time.monotonic() + 1.0
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
+        ending = asyncio.ensure_future(_end(child))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(Away(why, asked=True))
@@ -174,7 +178,8 @@ def _write(child: asyncio.subprocess.Process, message: dict[str, Any]) -> None:
 
 
 async def _end(child: asyncio.subprocess.Process, *, at_once: bool = False) -> None:
-    """at_once: it has nothing to finish."""
+    """It ends when nobody speaks to it, and is killed where it does not, or `at_once`. (Never both: before it kills,
+    subprocess looks whether it has ended, and takes that news from the loop.)"""
     if at_once:
         with contextlib.suppress(ProcessLookupError):
             child.kill()
