@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 ENDED = frozenset({"completed", "failed", "cancelled"})
 UNFINISHED = frozenset({"pending", "running", "parked", "paused"})
+MOST_DIGITS = 18  # of microseconds: the catalogue's integers hold them, for 30,000 years
 MOST_AT_ONCE = 2_000  # rows of the catalogue, when few of many are wanted
 
 
@@ -168,7 +169,7 @@ def place_in_list(storage: StoragePort, before: str) -> tuple[int, str]:
     from pyworkflow_ray.storage.listing import find
 
     micros, slash, run_id = before.partition("/")
-    if slash and micros.isdecimal():
+    if slash and micros.isdecimal() and len(micros) <= MOST_DIGITS:
         return int(micros), check_run_id(run_id)
     return find(storage, check_run_id(before)).key
 
