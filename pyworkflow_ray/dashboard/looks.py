@@ -33,7 +33,7 @@ T = TypeVar("T")
 FRESH_S: Final = 0.5
 KEPT: Final = 64  # looks: an answer is a page of views
 THREADS: Final = 4
-SEARCH_S: Final = 0.25  # of looking for runs that only show by being read whether they are wanted
+SEARCH_S: Final = 0.2  # of looking for runs that only show by being read whether they are wanted
 
 
 @dataclass(frozen=True)
