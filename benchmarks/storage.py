@@ -8,7 +8,8 @@ growth      for each of `--runs` (finished runs of ten events each, compacted): 
             files in turns, pages of listings, and the start of a recovery over `--unfinished` more
 compact     compaction of journals: runs and events a second; reading them again, as replay does
 upkeep      a run's time from start to end, with and without a compaction in a process of its own, in turns
-objects     events/s in a bucket (moto, behind a proxy that adds `--latency`), against its own round trips
+objects     events/s of 1,000 runs that all commit into a bucket (a small S3 server that adds each `--latency`), against
+            objects a second that are created there one after another
 
 Figures of one machine mean little: look at the ratios, which are taken in turns. `--json FILE` keeps all of it.
 """
@@ -243,21 +244,45 @@ def beside_upkeep(storage: Storage, rounds: int = 6, runs: int = 60) -> dict[str
     return {"alone_ms": without * 1e3, "beside_ms": with_it * 1e3, "added": with_it / without - 1, "met": overlapped}
 
 
-def in_a_bucket(latency_s: float) -> dict[str, float]:
-    from benchmarks.object_server import BUCKET, Proxy, environment, moto_server
-    from benchmarks.storage_objects import appends, round_trip
+def in_a_bucket(latencies_s: Sequence[float], rounds: int = 3, commits: int = 3) -> list[dict[str, float]]:
+    """`concurrent` on slots, against one object created after another, in turns; for each latency of the server."""
+    from benchmarks.object_server import BUCKET, environment, tiny_server
+    from benchmarks.storage_objects import created as run_created
+    from pyworkflow_ray.storage.codec import StorageCodec
     from pyworkflow_ray.storage.port import open_storage
 
-    with moto_server() as port:
-        proxy = Proxy(port, latency_s=latency_s)
-        try:
-            os.environ.update(environment(proxy.url))
-            storage = open_storage(f"s3://{BUCKET}/bench")
-            trip_s = round_trip(storage)
-            one, many = appends(storage, 1), appends(storage, 32)
-        finally:
-            proxy.close()
-    return {"round_trip_ms": trip_s * 1e3, "events_per_s_1": one, "events_per_s_32": many, "ratio": many * trip_s}
+    figures = []
+    for latency_s in latencies_s:
+        with tiny_server(latency_s) as port:
+            os.environ.update(environment(f"http://127.0.0.1:{port}"))
+            storage, pairs, seq = open_storage(f"s3://{BUCKET}/bench-{port}"), [], 1
+            made = [run_created(storage, StorageCodec(storage)) for _ in range(AT_ONCE)]
+            storage.create_runs(made)
+            journals = [storage.activate(event.run_id, "", first=True)[0] for event in made]
+            for _ in range(rounds):
+                alone, began = creations(storage), time.perf_counter()
+                for _ in range(commits):  # each run goes on when its own commit is durable; 1,000 are in flight
+                    for future in [journal.append(fired(seq, EVENTS_A_STEP)) for journal in journals]:
+                        future.result()
+                    seq += EVENTS_A_STEP
+                pairs.append((AT_ONCE * commits * EVENTS_A_STEP / (time.perf_counter() - began), alone))
+        found = ratio(pairs)
+        figures.append({"latency_ms": latency_s * 1e3, "creations_per_s": found.pop("syncs_per_s"), **found})
+    return figures
+
+
+def creations(storage: Any, seconds: float = 1.0) -> float:
+    """Objects a second that are created one after another: what a commit costs alone."""
+    from pyworkflow_ray.storage.objects.loop import current_loop
+
+    async def create() -> int:
+        end, count = time.perf_counter() + seconds, 0
+        while time.perf_counter() < end:
+            await storage.bucket.create(f"probe/{storage.bucket.token()}", b"x" * 300)
+            count += 1
+        return count
+
+    return current_loop().run(create()) / seconds
 
 
 @contextmanager
@@ -274,7 +299,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, objects")
     parser.add_argument("--runs", default="10,1000,10000", help="sizes of `growth`; 1000000 takes some minutes")
     parser.add_argument("--unfinished", type=int, default=100, help="unfinished runs beside each size")
-    parser.add_argument("--latency", type=float, default=0.005, help="of the bucket, in seconds")
+    parser.add_argument("--latency", default="0.0002,0.005,0.05", help="of the bucket, in seconds")
     parser.add_argument("--dir", help="keep the storages here, and use those that are here")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     given = parser.parse_args()
@@ -287,7 +312,7 @@ def main() -> None:
         in_storage(given.dir, f"runs-{runs}", partial(growing, runs=runs, unfinished=given.unfinished))
         for runs in map(int, given.runs.split(","))
     ]
-    parts["objects"] = lambda: in_a_bucket(given.latency)
+    parts["objects"] = lambda: in_a_bucket([float(one) for one in given.latency.split(",")])
     wanted = given.parts.split(",")
     if not set(wanted) <= parts.keys():
         parser.error(f"--parts: {', '.join(sorted(set(wanted) - parts.keys()))}: choose of {', '.join(parts)}")

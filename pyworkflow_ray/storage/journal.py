@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from pyworkflow_ray.engine.events import Event, RunCreated
+from pyworkflow_ray.engine.events import Event, RunCreated, RunFailed
 from pyworkflow_ray.errors import CorruptJournalError, FencedError, PyWorkflowError, StorageError
 from pyworkflow_ray.failpoints import failpoint
 from pyworkflow_ray.storage.disk import Disk
@@ -379,6 +379,11 @@ def take_over(
             f"run {place.run_id!r}: its newest epoch is {before.layout.newest}, not {after}: another owner has it",
             path=place.directory,
         )
+    return _begin(place, lease, on_finish, before)
+
+
+def _begin(place: Place, lease: str, on_finish: Callable[[int], None], before: View) -> tuple[Journal, View]:
+    """Begin the epoch after those that `before` shows."""
     mine = before.layout.newest + 1
     try:
         chain = _claim(place, mine, lease)
@@ -460,12 +465,15 @@ def make_final(place: Place) -> View | None:
     before = read_view(place)
     if not before.standing.finished:
         return None
-    mine = before.layout.newest
-    if before.accepted.lease != RETIRED:
-        if not before.accepted.settled:
-            journal, view = take_over(place, RETIRED, lambda _: None, after=mine)
-            journal.close()
-            return view if view.standing.finished else None
+    mine, is_taken = before.layout.newest, before.accepted.lease == RETIRED
+    # One who is about to resume a failed run may hold the newest epoch, and write once more before he looks: what he
+    # writes must not count, as it would without a seal. After any other end nobody writes.
+    needs_seal = isinstance(before.events[-1], RunFailed)
+    if (not before.accepted.settled and (needs_seal or not is_taken)) or (needs_seal and not is_taken):
+        journal, view = _begin(place, RETIRED, lambda _: None, before)
+        journal.close()
+        return view if view.standing.finished else None
+    if not is_taken:
         mine += 1
         _claim(place, mine, RETIRED)
     # What the epoch before holds counts by no seal of ours: nobody will write to it, and it is safe.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.errors import ConfigurationError, CorruptJournalError, FencedError, RunNotFoundError, StorageError
 from pyworkflow_ray.storage import compact_batches as compacting
+from pyworkflow_ray.storage import compact_live
 from pyworkflow_ray.storage import storage as storing
 from pyworkflow_ray.storage.checkpoint import CompactedRuns
 from pyworkflow_ray.storage.compact import Compaction, Rules, compact
@@ -18,7 +20,7 @@ from pyworkflow_ray.storage.lease import orphans
 from pyworkflow_ray.storage.sql import query
 from pyworkflow_ray.storage.storage import Storage
 from pyworkflow_ray.storage.verify import verify
-from tests.journals import created, ended, fired
+from tests.journals import FaultyDisk, created, ended, fired
 
 DAY_S = 86_400.0
 AT = 1_790_000_000.0
@@ -373,3 +375,45 @@ def test_verify_finds_an_unfinished_run_that_recovery_would_not(storage: Storage
     for entry in Path(storage.root, "active").iterdir():
         entry.unlink()
     assert [one.run_id for one in verify(storage).damaged] == ["long"]
+
+
+# Two parts that nothing else would miss -------------------------------------------------------------------------------
+
+
+def test_epochs_do_not_move_where_the_disk_gives_back_less_than_was_read(tmp_path: Path) -> None:
+    """After a failed write-back the page cache shows a seal that the disk does not hold."""
+    disk = FaultyDisk()
+    storage = Storage.open(tmp_path / "s", disk=disk)
+    storage.create_run(created("run", storage.storage_id))
+    for number in range(3):
+        journal, _ = storage.activate("run", "", first=number == 0)
+        journal.append([fired(journal.last_seq + 1)]).result()
+        journal.close()
+    place = storage.place("run")
+    assert compact_live.closed_epochs(place, 1) is not None
+
+    def lose_the_seal(call: str, what: Any) -> None:
+        if call == "sync_old_epoch":
+            head = Path(what).read_bytes().splitlines(keepends=True)[0]
+            Path(what).write_bytes(head)
+
+    disk.fault = lose_the_seal
+    assert compact_live.closed_epochs(place, 1) is None
+
+
+def test_no_directory_of_a_forgotten_run_comes_back_after_a_power_loss(tmp_path: Path) -> None:
+    """The directories' removal is durable before the manifest that forgets their runs."""
+    disk = FaultyDisk()
+    storage = Storage.open(tmp_path / "s", disk=disk)
+    storage.create_run(created("run", storage.storage_id))
+    journal, _ = storage.activate("run", "", first=True)
+    journal.append([ended(1)]).result()
+    journal.finish()
+    compact(storage)
+    seen: list[tuple[str, str]] = []
+    disk.fault = lambda call, what: seen.append((call, str(what)))
+    assert compact(storage, Rules(retain_s={"completed": 0.0})).dropped == 1
+    shard = os.path.dirname(storage.directory("run"))
+    synced = [number for number, call in enumerate(seen) if call == ("sync_dir", shard)]
+    assert synced
+    assert all(number > max(synced) for number, (call, _) in enumerate(seen) if call == "link")
