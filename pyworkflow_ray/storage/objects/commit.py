@@ -30,6 +30,7 @@ from pyworkflow_ray.storage.objects.slots import (
     newest_head,
     nonce_of,
     run_prefix,
+    shows_loss,
     slot_key,
     walk,
 )
@@ -122,19 +123,25 @@ async def read_walk(place: Place) -> Walk:
             entries = await place.bucket.listing(prefix)
             numbers = [int(name) for name in (entry.key[len(prefix) :] for entry in entries) if name.isdigit()]
             found = await place.bucket.get_many([place.key(number) for number in numbers])
-            if None not in found:
-                break  # else it is being removed: what is left of it must not pass for a shorter history
+            if None in found:
+                continue  # it is being removed: what is left of it must not pass for a shorter history
+            objects = {number: one.data for number, one in zip(numbers, found, strict=True) if one is not None}
+            if 0 not in objects:
+                break
+            result = walk(objects, place.storage_id, place.run_id)
+            if not shows_loss(objects, result, place.storage_id, place.run_id):
+                return result
+            if await place.bucket.get(place.key(result.next_slot)) is None:  # else it came while we listed
+                raise CorruptJournalError(
+                    f"run {place.run_id!r}: slot {result.next_slot} is missing, though later ones are there: restore it"
+                )
     except BucketError as error:
         raise bucket_failed("reading", f"{place.bucket.url}/{prefix}", error) from error
-    objects = {number: one.data for number, one in zip(numbers, found, strict=True) if one is not None}
-    if 0 not in objects:
-        if objects:
-            raise _damaged(place, CorruptJournalError(f"run {place.run_id!r}: slot 0 is missing"))
-        raise RunNotFoundError(f"no run {place.run_id!r} in {place.bucket.url}", run_id=place.run_id)
-    try:
-        return walk(objects, place.storage_id, place.run_id)
     except CorruptJournalError as error:
         raise _damaged(place, error) from None
+    if any(one is not None for one in found):
+        raise _damaged(place, CorruptJournalError(f"run {place.run_id!r}: slot 0 is missing"))
+    raise RunNotFoundError(f"no run {place.run_id!r} in {place.bucket.url}", run_id=place.run_id)
 
 
 async def read_view(place: Place) -> View:

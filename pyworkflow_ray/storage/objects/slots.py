@@ -187,6 +187,19 @@ def walk(objects: Mapping[int, bytes], storage_id: str, run_id: str) -> Walk:
     return result
 
 
+def shows_loss(objects: Mapping[int, bytes], found: Walk, storage_id: str, run_id: str) -> bool:
+    """Whether what lies beyond the first free slot proves that this slot was there: a claim, which is made at the first
+    free slot, or a slot that is further than an owner's window.
+
+    Raises:
+        CorruptJournalError, StorageError: as `decode_slot`.
+    """
+    beyond = sorted(number for number in objects if number > found.next_slot)
+    if beyond and beyond[-1] >= found.next_slot + WINDOW:
+        return True
+    return any(decode_slot(objects[number], storage_id, run_id, number).head.kind == "claim" for number in beyond)
+
+
 def newest_head(objects: Mapping[int, bytes], storage_id: str, run_id: str) -> SlotHead:
     """The head with the newest epoch among the last `WINDOW` slots: no claim is further from the last slot than that,
     for what follows a claim without its epoch was in flight when it was made."""
