@@ -15,17 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from clusters import QUIET, ROOT, drive, environment, lines, lives, until
+from clusters import drive, environment, lines, lives, until
+from many_nodes import Nodes, check, cluster_of, history
 
-from pyworkflow_ray.engine.events import TERMINAL, RunActivated, StepCompleted, StepLost
-from pyworkflow_ray.storage.storage import Storage
+from pyworkflow_ray.engine.events import RunActivated, StepLost
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -105,65 +103,12 @@ async def falls(ledger: str) -> str:
 """
 
 
-class Nodes:
-    """The cluster, with a folder of the workflows, for drivers."""
-
-    def __init__(self, cluster: Any, folder: Path, temp: str) -> None:
-        self.cluster, self.folder, self.temp = cluster, folder, temp
-        self.address = str(cluster.address)
-        self.count = 0
-
-    def drive(self, source: str, storage: Path, **more: Any) -> str:
-        self.count += 1
-        folder = self.folder / f"driver-{self.count}"
-        folder.mkdir()
-        settings = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(self.folder)))}
-        return drive(folder, source, address=self.address, storage=storage, more=settings, **more)
-
-
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     folder = tmp_path_factory.mktemp("code")
     (folder / "flows_of_nodes.py").write_text(FLOWS)
     with cluster_of(3) as (cluster, temp):
         yield Nodes(cluster, folder, temp)
-
-
-@contextlib.contextmanager
-def cluster_of(count: int) -> Iterator[tuple[Any, str]]:
-    before = dict(os.environ)
-    os.environ.update(QUIET, PYTHONPATH=str(ROOT))
-    from ray.cluster_utils import Cluster
-
-    temp = tempfile.mkdtemp(prefix="pwr", dir="/tmp")
-    system = {
-        "health_check_initial_delay_ms": 0,
-        "health_check_period_ms": 1000,
-        "health_check_failure_threshold": 5,
-    }
-    arguments = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False, "_system_config": system}
-    cluster = Cluster(initialize_head=True, head_node_args={**arguments, "temp_dir": temp})
-    try:
-        for _ in range(count - 1):
-            cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-        yield cluster, temp
-    finally:
-        cluster.shutdown()
-        shutil.rmtree(temp, ignore_errors=True)
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def history(storage: Path, run_id: str) -> list[Any]:
-    return list(Storage.open(storage).read_run(run_id).events)
-
-
-def check(storage: Path, run_id: str, steps: int) -> None:
-    events = history(storage, run_id)
-    assert [event.seq for event in events] == list(range(len(events)))
-    assert sum(isinstance(event, TERMINAL) for event in events) == 1
-    done = Counter(event.position for event in events if isinstance(event, StepCompleted))
-    assert sorted(done.values()) == [1] * steps
 
 
 START = """
