@@ -108,7 +108,7 @@ def test_pages_follow_one_another_without_gap_or_repeat(
 def test_a_search_that_takes_long_gives_up_and_can_go_on(
     empty: Shop, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(8):
+    for number in range(32):  # more than are looked at in one go, and in the next
         empty.run(f"run-{number:02d}", (500 - number, ev.RunActivated(epoch=0)))
     monkeypatch.setattr("pyworkflow_ray.dashboard.looks.SEARCH_S", -1.0)  # no time at all
     monkeypatch.setattr("pyworkflow_ray.dashboard.pages.LIMIT", 5)
@@ -116,6 +116,8 @@ def test_a_search_that_takes_long_gives_up_and_can_go_on(
     assert "None of the 5 runs that were looked at, newest first." in parse(answer.text).text
     further = parse(answer.text).one("a", id="page-older")
     assert further.text == "Look further"
+    monkeypatch.setattr("pyworkflow_ray.dashboard.looks.SEARCH_S", 600.0)
+    assert listed(opened(empty).get("/?text=un-00").text) == ["run-00"]
     assert listed(opened(empty).get(further.attributes["href"]).text) == ["run-00"]
 
 
