@@ -118,6 +118,7 @@ def test_a_search_that_takes_long_gives_up_and_can_go_on(
     assert further.text == "Look further"
     monkeypatch.setattr("pyworkflow_ray.dashboard.looks.SEARCH_S", 600.0)
     assert listed(opened(empty).get("/?text=un-00").text) == ["run-00"]
+    assert listed(opened(empty).get("/?text=un-2").text) == [f"run-{number}" for number in (29, 28, 27, 26, 25)]
     assert listed(opened(empty).get(further.attributes["href"]).text) == ["run-00"]
 
 
