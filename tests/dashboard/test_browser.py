@@ -227,3 +227,35 @@ def test_another_site_can_do_nothing_though_the_browser_has_our_cookie(shop: Sho
     assert navigation.value is not None
     assert navigation.value.status == 403  # though it even knew the token
     assert "nothing was done" in other.inner_text("main").lower()
+
+
+def test_a_button_pressed_in_a_browser_reaches_its_deed(browse: OpenPage) -> None:
+    page = browse("/").context.new_page()  # another one: an answer that refuses is no complaint here
+    page.goto("/runs/order-42")
+    with page.expect_navigation() as navigation:
+        page.click("#deed-pause-do")
+    assert navigation.value is not None
+    assert navigation.value.status == 503  # let in, and there is no Ray here
+    assert "this needs Ray" in page.inner_text("main")
+
+
+def test_a_browser_can_log_in(shop: Shop, chromium: Browser) -> None:
+    with serving(shop, "--token", "a-token-that-is-long", "--read-only") as (url, _):
+        page = chromium.new_page(base_url=url)
+        page.goto("/runs/order-42")
+        page.fill("#token", "a-token-that-is-long")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#region-verdict")
+        page.close()
+
+
+def test_a_breaker_that_comes_leaves_every_button_with_its_own_row(shop: Shop, browse: OpenPage) -> None:
+    page = browse("/breakers")
+    page.wait_for_selector(".live-state.live")
+    keep_breaker(shop, "fraud", (None, "open", 60.0, "busy"))
+    page.wait_for_selector("th:has-text('fraud')")
+    rows = page.locator("tbody tr")
+    for at, name in enumerate(("fraud", "payments", "payments[host-7]")):
+        row = rows.nth(at)
+        assert row.locator("th").inner_text().split("\n")[0].startswith(name)
+        assert {one.input_value() for one in row.locator("input[name=name]").all()} == {name}
