@@ -6,16 +6,19 @@ A real S3 server of ours in this process answers; each point counts only if the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from obstore.store import LocalStore
 
 from benchmarks.object_server import TinyS3, environment
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.errors import FencedError, RunNotFoundError, StorageError
 from pyworkflow_ray.storage.compact import Rules, compact
+from pyworkflow_ray.storage.objects import retire, trust
 from pyworkflow_ray.storage.objects import storage as storages
-from pyworkflow_ray.storage.objects import trust
+from pyworkflow_ray.storage.objects.bucket import ObstoreBucket
 from pyworkflow_ray.storage.objects.slots import run_prefix, slot_key
 from pyworkflow_ray.storage.objects.storage import ObjectStorage
 from pyworkflow_ray.storage.verify import verify
@@ -381,3 +384,30 @@ def test_verify_names_what_is_damaged(empty: ObjectStorage, server: TinyS3, wher
     damaged = verify(empty).damaged
     assert len(damaged) == 1
     assert (damaged[0].run_id, "other" in damaged[0].path) == (("other", True) if where == "runs/" else (None, False))
+
+
+def test_looking_writes_nothing(empty: ObjectStorage, server: TinyS3) -> None:
+    write_run(empty, "moved")
+    compact(empty, now=NOW)
+    write_run(empty, "run")
+    before = dict(server.objects)
+    done = compact(ObjectStorage.open(URL, create=False), now=NOW, dry_run=True)
+    assert (done.runs, done.waiting) == (1, 1)
+    assert verify(ObjectStorage.open(URL, create=False)).damaged == []
+    assert server.objects == before
+
+
+def test_a_list_with_a_run_that_no_checkpoint_holds_is_reported_and_stops_nothing(empty: ObjectStorage) -> None:
+    write_run(empty, "run")
+    empty.wait(retire.note(empty.bucket, empty.storage_id, [retire.Going("nobody", 1, "0" * 64)]))
+    done = run_compaction(empty, Rules())
+    assert (done.runs, [run_id for run_id, _ in done.damaged]) == (1, ["nobody"])
+
+
+async def test_deleting_many_deletes_the_rest_where_some_are_gone(tmp_path: Path) -> None:
+    bucket = ObstoreBucket("file:///here", LocalStore(tmp_path))  # as GCS does, it tells of each that is gone
+    keys = [f"runs/{number:02d}" for number in range(40)]
+    for key in keys[1:]:
+        await bucket.put(key, b"")
+    await bucket.delete_many(keys)
+    assert await bucket.listing("runs/") == []

@@ -311,8 +311,9 @@ def _delete(store: ObjectStore, keys: str | list[str]) -> None:
 
     try:
         obstore.delete(store, keys)
-    except FileNotFoundError:
-        pass
+    except FileNotFoundError:  # of many, those that come after it are not deleted
+        for key in keys if isinstance(keys, list) else ():
+            _delete(store, key)
 
 
 def _first_line(error: Exception) -> str:

@@ -76,7 +76,7 @@ class _BucketWork(Batches):
         self.manifest = self.storage.checkpoints.manifest()
         if self.manifest.number < 0:
             self._publish(self.manifest)
-        self._lists = self.storage.wait(retire.read_lists(self.storage.bucket))
+        self._lists = self.storage.wait(retire.read_lists_now(self.storage.bucket))
         self._sweep()
         self._move_ended()
         self._forget()
@@ -208,7 +208,7 @@ class _BucketWork(Batches):
 
     def _retire(self) -> None:
         bucket = self.storage.bucket
-        lists = self.storage.wait(retire.read_lists(bucket))
+        lists = self.storage.wait(retire.read_lists_now(bucket))
         retirement = Retirement(bucket, CompactedRuns(self.storage), lists, self._grace_s)
         for token in retirement.due():
             proved = retirement.proved(token)

@@ -27,7 +27,7 @@ from typing import Final
 from pydantic_core import to_json
 
 from pyworkflow_ray.engine.events import Event
-from pyworkflow_ray.errors import StorageError
+from pyworkflow_ray.errors import RunNotFoundError, StorageError
 from pyworkflow_ray.storage.checked import decode_checked, encode_checked
 from pyworkflow_ray.storage.checkpoint import CompactedRuns
 from pyworkflow_ray.storage.objects import trust
@@ -51,7 +51,7 @@ class Going:
 
 @dataclass(slots=True)
 class Lists:
-    """What lies below `retiring`. now: by the store's clock, before it was looked at."""
+    """What lies below `retiring`. now: by the store's clock, before it was looked at; 0 where that was not asked."""
 
     now: float
     seen: trust.Moment
@@ -80,13 +80,18 @@ async def note(bucket: Bucket, storage_id: str, runs: Iterable[Going]) -> None:
     await bucket.put(name, encode_checked(name, content))
 
 
-async def read_lists(bucket: Bucket) -> Lists:
-    """All lists.
+async def read_lists_now(bucket: Bucket) -> Lists:
+    """As `read_lists`, with the time by the store's clock, which only an object that is written tells."""
+    return await read_lists(bucket, await store_time(bucket))
+
+
+async def read_lists(bucket: Bucket, now: float = 0.0) -> Lists:
+    """All lists. Writes nothing.
 
     Raises:
         BucketError: the store can't be read. CorruptJournalError: a list is damaged.
     """
-    lists = Lists(await store_time(bucket), trust.now())
+    lists = Lists(now, trust.now())
     named = [(entry, _NAME.fullmatch(entry.key)) for entry in await bucket.listing(RETIRING)]
     for entry, match in named:
         if match is not None and match[2] == "done":
@@ -122,7 +127,7 @@ class Retirement:
         for one in self._lists.runs[token]:
             try:
                 history = self._compacted.read(one.run_id)
-            except StorageError as error:
+            except (RunNotFoundError, StorageError) as error:
                 self.damaged.append((one.run_id, str(error)))
                 continue
             if going(one.run_id, history.events, history.epochs) == one:
@@ -163,10 +168,11 @@ class Retirement:
         return True
 
     async def _remove(self, run_id: str) -> None:
+        first = slot_key(run_id, 0)
         keys = [entry.key for entry in await self._bucket.listing(run_prefix(run_id))]
         if keys:
-            await self._bucket.delete(slot_key(run_id, 0))
-            await self._bucket.delete_many(keys)
+            await self._bucket.delete(first)
+            await self._bucket.delete_many([key for key in keys if key != first])
         await self._bucket.delete_many([entry.key for entry in await self._bucket.listing(f"active/{run_id}/")])
 
     async def tidy(self) -> None:
