@@ -113,6 +113,7 @@ class _Work(Batches):
 
     def count(self) -> None:
         """What `all` would do, from reading alone."""
+        self.only_counts = True
         self.manifest = self.storage.checkpoints.manifest()
         for run_id in self._ended():
             history = self._read(run_id)
@@ -167,7 +168,7 @@ class _Work(Batches):
             CompactedRuns(self.storage).read(run_id)
         except RunNotFoundError:
             return False  # another id looks like it
-        if self.manifest.number >= 0:
+        if self.manifest.number >= 0 and not self.only_counts:
             self.storage.remove_directory(run_id)
             self.done.retired += 1
         return True

@@ -123,7 +123,7 @@ class Compacting(Protocol):
 
 
 class Batches:
-    """One compaction. `manifest` is the one that counts now."""
+    """One compaction. `manifest` is the one that counts now. only_counts: nothing is written or removed."""
 
     def __init__(self, storage: Compacting, rules: Rules, now: float) -> None:
         self._store = storage
@@ -132,6 +132,7 @@ class Batches:
         self.done = Compaction()
         self.files = storage.checkpoints.files
         self.manifest = Manifest()
+        self.only_counts = False
 
     # What each storage does in its own way
 

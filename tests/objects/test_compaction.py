@@ -330,6 +330,7 @@ def test_slots_stay_for_an_hour_after_their_run_was_moved(empty: ObjectStorage, 
     assert (done.waiting, done.damaged) == (0, [])
     assert not [key for key in server.objects if "/runs/" in key]
     assert len([key for key in server.objects if "/retiring/" in key]) == 2
+    assert compact(empty, now=NOW, dry_run=True).waiting == 0
 
 
 @pytest.mark.parametrize("table", ["events", "ids/"])
@@ -394,6 +395,17 @@ def test_looking_writes_nothing(empty: ObjectStorage, server: TinyS3) -> None:
     done = compact(ObjectStorage.open(URL, create=False), now=NOW, dry_run=True)
     assert (done.runs, done.waiting) == (1, 1)
     assert verify(ObjectStorage.open(URL, create=False)).damaged == []
+    assert server.objects == before
+
+
+def test_a_dry_run_leaves_alone_what_a_compaction_would_remove(empty: ObjectStorage, server: TinyS3) -> None:
+    write_run(empty, "run")
+    slots = {key: one for key, one in server.objects.items() if "/runs/" in key}
+    for _ in range(3):
+        run_compaction(empty, Rules())
+    before = server.objects | slots
+    restore(server, before)
+    assert compact(ObjectStorage.open(URL, create=False), now=NOW, dry_run=True).damaged == []
     assert server.objects == before
 
 

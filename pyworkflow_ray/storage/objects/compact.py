@@ -85,6 +85,7 @@ class _BucketWork(Batches):
 
     def count(self) -> None:
         """What `all` would do, from reading alone."""
+        self.only_counts = True
         self.manifest = self.storage.checkpoints.manifest()
         self._lists = self.storage.wait(retire.read_lists(self.storage.bucket))
         for run_id in self._ended():
@@ -92,7 +93,7 @@ class _BucketWork(Batches):
             if history is not None:
                 self.done.runs += 1
                 self.done.events += len(history.events)
-        self.done.waiting = len(self._lists.held)
+        self.done.waiting = sum(len(runs) for token, runs in self._lists.runs.items() if token not in self._lists.done)
         self.done.dropped = sum(len(dropped) for _, dropped in self._expired())
 
     # The manifest
@@ -171,7 +172,7 @@ class _BucketWork(Batches):
             except StorageError:
                 pass  # slot 0 is gone, or never was: they do not count, as little as a run made beside a compacted one
             notes.append(note)
-        if notes and self.manifest.number >= 0:
+        if notes and self.manifest.number >= 0 and not self.only_counts:
             self.storage.wait(retire.note(self.storage.bucket, self.storage.storage_id, notes))
             self.done.retired += len(notes)
 

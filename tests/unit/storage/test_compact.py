@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def test_dry_run_writes_nothing_and_counts_the_same(storage: Storage, make_run: 
     assert sorted(Path(storage.root).rglob("*")) == before
     done = compact(storage, Rules(live_bytes=1, failed_after_s=5), now=AT + 3600)
     assert (told.runs, told.events, told.live) == (done.runs, done.events, done.live) == (2, 16, 1)
+
+
+def test_a_dry_run_leaves_what_a_crash_left(storage: Storage, make_run: Any, tmp_path: Path) -> None:
+    make_run("a", at=AT)
+    directory, aside = Path(storage.place("a").directory), tmp_path / "aside"
+    shutil.copytree(directory, aside)
+    compact(storage, now=AT)
+    shutil.copytree(aside, directory)  # as if it had died before it removed the journal
+    assert compact(storage, now=AT, dry_run=True).runs == 0
+    assert directory.exists()
 
 
 def test_failed_runs_go_only_after_their_age_and_can_not_be_resumed_then(storage: Storage, make_run: Any) -> None:
