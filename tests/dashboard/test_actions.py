@@ -87,6 +87,22 @@ def test_a_deed_is_done_and_the_page_says_so(acting: tuple[TestClient, Recorded]
     assert DEEDS["cancel"].told in parse(client.get(answer.headers["location"]).text).text
 
 
+def test_a_deed_that_was_done_is_not_called_refused_because_its_run_can_t_be_read(
+    acting: tuple[TestClient, Recorded], shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = acting
+    monkeypatch.setattr("pyworkflow_ray.dashboard.actions.SEEN_S", 5.0)
+    form = form_of(client, "/runs/order-42", "/runs/order-42/wake")
+
+    async def wake(what: str, given: Mapping[str, Any], timeout_s: float = 1.0) -> str:
+        for file in Path(shop.storage.place("order-42").directory).iterdir():
+            file.write_bytes(b"damaged" + file.read_bytes())
+        return "order-42"
+
+    client.app.cluster.call = wake  # type: ignore[attr-defined]
+    assert client.post("/runs/order-42/wake", data=form).status_code == 303
+
+
 def test_a_form_counts_once_however_often_it_is_sent(acting: tuple[TestClient, Recorded]) -> None:
     client, recorded = acting
     recorded.answer = "new-run"
