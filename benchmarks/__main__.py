@@ -36,6 +36,7 @@ def measure(parts: list[str], out: Path, *, quick: bool) -> list[str]:
     """Run each benchmark; its figures go to `out`. Returns those that failed, after the others were measured."""
     failed = []
     for part in parts:
+        (out / f"{part}.json").unlink(missing_ok=True)  # or the figures of an earlier run stand in for one that fails
         arguments = (QUICK if quick else WHOLE).get(part, "").split()
         began = time.monotonic()
         print(f"{part}: load {os.getloadavg()[0]:.1f}", flush=True)

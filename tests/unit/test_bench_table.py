@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from benchmarks.__main__ import measure
 from benchmarks.table import Row, markdown, number, rows_of
 
 GROWTH = {
@@ -49,3 +52,9 @@ def test_a_part_that_was_not_measured_has_no_rows() -> None:
 
 def test_numbers_keep_three_digits() -> None:
     assert [number(value) for value in (0.01234, 1.2345, 99.9, 1234.5)] == ["0.0123", "1.23", "99.9", "1,234"]
+
+
+def test_a_benchmark_that_fails_leaves_no_figures_of_an_earlier_run(tmp_path: Path) -> None:
+    (tmp_path / "none.json").write_text("{}")
+    assert measure(["none"], tmp_path, quick=True) == ["none"]  # there is no such benchmark
+    assert not (tmp_path / "none.json").exists()
