@@ -187,7 +187,7 @@ class Guard:
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             return False
         origin = headers.get("origin")
-        return origin is None or urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+        return origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower()
 
     # The token ----------------------------------------------------------------------------------------------------
 

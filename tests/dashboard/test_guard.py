@@ -149,6 +149,8 @@ def test_a_form_must_be_ours(shop: Shop, opened: Open) -> None:
     assert code(csrf=csrf, headers={"sec-fetch-site": "same-site"}) == 403
     assert code(csrf=csrf, headers={"origin": "http://evil.example"}) == 403
     assert code(csrf=csrf, headers={"origin": "null"}) == 403
+    assert client.get(path).headers["referrer-policy"] != "no-referrer"  # or browsers say "null" of our own forms
+    assert code(csrf=csrf, headers={"origin": "http://["}) == 403
     assert client.post(path, content=f"csrf={csrf}", headers={"content-type": "text/plain"}).status_code == 415
     assert client.post(path, json={"csrf": csrf}).status_code == 415
     assert code(csrf=csrf, reason="x" * MAX_BODY_BYTES) == 413
