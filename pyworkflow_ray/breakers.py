@@ -4,7 +4,7 @@ Called by the dashboard; calls `runtime.breaker_admin`, and the storage where th
 a `CircuitBreaker`; this is for who has only its name, "payments", or of a key of it "payments[host-7]".
 
 Faults: no cluster runs (ConfigurationError), a breaker's actor does not answer (left out of the list, and named), what
-is kept of a breaker is damaged (left out: its holder tells of it).
+is kept of a breaker is damaged, or by a newer version (left out: its holder tells of it).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyworkflow_ray.breaker import BreakerSnapshot, snapshot_of
+from pyworkflow_ray.errors import ConfigurationError
 from pyworkflow_ray.resilience.breaker import BreakerEvent, BreakerState
 from pyworkflow_ray.resilience.breaker_settings import BreakerSettings, full_name
 
@@ -75,7 +76,10 @@ def kept_breakers(storage: StoragePort, now: float) -> list[tuple[BreakerSnapsho
     found: list[tuple[BreakerSnapshot, float]] = []
     for name, states, at in kept(storage.root) if isinstance(storage, Storage) else ():
         age_s = max(0.0, now - at)
-        found += [(_kept(name, key, state, age_s), age_s) for key, state in states]
+        try:
+            found += [(_kept(name, key, state, age_s), age_s) for key, state in states]
+        except (ConfigurationError, KeyError, TypeError, ValueError):
+            continue  # a newer version kept it
     return sorted(found, key=lambda one: one[0].name)
 
 

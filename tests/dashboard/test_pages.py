@@ -214,6 +214,13 @@ def test_breakers_are_shown_as_the_storage_keeps_them(shop: Shop, opened: Open) 
     assert rows[2][3].startswith(("half-open in 1h", "half-open in 59m"))
 
 
+def test_a_breaker_that_a_newer_version_kept_hides_no_other(shop: Shop, opened: Open) -> None:
+    keep_breaker(shop, "mail", (None, "closed", None, ""))
+    keep_breaker(shop, "newer", (None, "melted", None, ""))
+    rows = parse(opened(shop).get("/breakers").text).one("table").rows()
+    assert [row[0] for row in rows] == ["mail"]
+
+
 def test_a_run_shows_the_breakers_of_its_steps(empty: Shop, opened: Open) -> None:
     keep_breaker(empty, "payments", ("host-7", "open", 60.0, "it is down"))
     keep_breaker(empty, "mail", (None, "open", 60.0, "it is down too"))
