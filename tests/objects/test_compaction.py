@@ -15,6 +15,7 @@ from obstore.store import LocalStore
 from benchmarks.object_server import TinyS3, environment
 from pyworkflow_ray.engine import events as ev
 from pyworkflow_ray.errors import FencedError, RunNotFoundError, StorageError
+from pyworkflow_ray.storage.checkpoint import CompactedRuns
 from pyworkflow_ray.storage.compact import Rules, compact
 from pyworkflow_ray.storage.objects import retire, trust
 from pyworkflow_ray.storage.objects import storage as storages
@@ -414,6 +415,17 @@ def test_a_list_with_a_run_that_no_checkpoint_holds_is_reported_and_stops_nothin
     empty.wait(retire.note(empty.bucket, empty.storage_id, [retire.Going("nobody", 1, "0" * 64)]))
     done = run_compaction(empty, Rules())
     assert (done.runs, [run_id for run_id, _ in done.damaged]) == (1, ["nobody"])
+
+
+def test_a_checkpoint_that_another_compaction_replaces_is_not_called_damaged(empty: ObjectStorage) -> None:
+    write_run(empty, "run")
+    compact(empty, now=NOW)
+    lists, before = empty.wait(retire.read_lists_now(empty.bucket)), CompactedRuns(empty)
+    write_run(empty, "another")
+    assert compact(ObjectStorage.open(URL), now=NOW).merged == 2
+    retirement = retire.Retirement(empty.bucket, before, lists, 0.0)
+    assert [retirement.proved(token) for token in retirement.due()] == [[]]
+    assert retirement.damaged == []
 
 
 async def test_deleting_many_deletes_the_rest_where_some_are_gone(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pydantic_core import to_json
 from pyworkflow_ray.engine.events import Event
 from pyworkflow_ray.errors import RunNotFoundError, StorageError
 from pyworkflow_ray.storage.checked import decode_checked, encode_checked
-from pyworkflow_ray.storage.checkpoint import CompactedRuns
+from pyworkflow_ray.storage.checkpoint import CheckpointChanged, CompactedRuns
 from pyworkflow_ray.storage.objects import trust
 from pyworkflow_ray.storage.objects.bucket import Bucket, gather_all
 from pyworkflow_ray.storage.objects.leases import store_time
@@ -122,11 +122,13 @@ class Retirement:
         self._seen = lists.seen
 
     def proved(self, token: str) -> list[str]:
-        """The runs on a list whose checkpoint is what was written; the others are reported. Reads the checkpoints."""
+        """The runs on a list whose checkpoint is what was written; the damaged are reported. Reads the checkpoints."""
         ids = []
         for one in self._lists.runs[token]:
             try:
                 history = self._compacted.read(one.run_id)
+            except CheckpointChanged:
+                break  # another compaction is at work, and nothing is damaged: the next one does the rest
             except (RunNotFoundError, StorageError) as error:
                 self.damaged.append((one.run_id, str(error)))
                 continue
