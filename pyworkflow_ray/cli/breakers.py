@@ -123,6 +123,9 @@ def _print(rows: list[BreakerRow], as_json: bool, *, settings: bool = False) -> 
     if as_json:
         screen.raw(to_json([_fields(row) for row in rows]))
         return
+    if not rows:
+        screen.line("no breakers")
+        return
     cells = []
     for row in rows:
         rest = row.view.open_for_s

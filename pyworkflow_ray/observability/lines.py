@@ -124,13 +124,12 @@ def _failed(story: Story) -> Words:
     words = Words(verdict, _row(story, "failed", track, error.line, "–"), why)
     run = story.created.run_id
     words.next = f"nothing by itself; pyworkflow-ray runs resume {run} goes on from the failed step"
-    if track is None:
-        words.next = f"nothing by itself; correct the code, then pyworkflow-ray runs resume {run}"
-    if any(step.scheduled.compensates for step in story.steps.values()):
+    undone = any(step.scheduled.compensates for step in story.steps.values())
+    if story.failed.position is None:  # no step to go on from: resume refuses it
+        words.next = f"nothing by itself; correct the code, then pyworkflow-ray runs rerun {run} begins anew"
+    if undone:
         words.next = f"nothing by itself: what it did is undone; pyworkflow-ray runs rerun {run} begins anew"
-        words.commands.append(f"runs rerun {run}")
-        return words
-    words.commands.append(f"runs resume {run}")
+    words.commands.append(f"runs {'rerun' if undone or story.failed.position is None else 'resume'} {run}")
     return words
 
 
@@ -214,14 +213,17 @@ def _retrying(story: Story) -> Words:
     elif due is not None and due > story.now:
         words.next, words.next_at = f"attempt {upcoming} {_when(due, story)}", due
         short = f"attempt {upcoming} {_in(due - story.now)}"
-        if last.delay_reason:
+        if last.delay_reason and not track.held_until:
             words.next += f" [{_reason(last.delay_s, last.delay_reason)}]"
     else:
         words.next = f"attempt {upcoming} as soon as a worker is free"
         short = f"attempt {upcoming} queued"
     words.next += _how_it_ends(story, track, upcoming, due if due is not None else story.now)
     words.row = words.row.model_copy(update={"next": short})
-    if track.scheduled.breaker and last.breaker:
+    if track.scheduled.breaker and track.held_until:  # what the attempt saw is older than the refusal
+        if running is None and due is not None and due > story.now:
+            words.next += f"; breaker {track.scheduled.breaker} is open until then"
+    elif track.scheduled.breaker and last.breaker:
         words.next += f"; breaker {track.scheduled.breaker}: {last.breaker}"
     return _unowned(words, story)
 

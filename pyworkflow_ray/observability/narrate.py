@@ -12,6 +12,7 @@ replays: a line appears once. Rules:
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from pyworkflow_ray.durations import format_duration
@@ -40,6 +41,12 @@ class Narrator:
         }
         self._names: dict[str, str] = {}
         self._same: dict[tuple[str, str, str], int] = {}  # (position, type, message): how often
+
+    def remember(self, events: Iterable[ev.Event]) -> None:
+        """Learn the names of the steps that earlier activations scheduled; nothing is said of them."""
+        for event in events:
+            if isinstance(event, ev.StepScheduled | ev.MapScheduled):
+                self._names[event.position] = short_name(event.step)
 
     def tell(self, event: ev.Event) -> None:
         """Say what there is to say of a new event."""

@@ -43,13 +43,14 @@ class Attempt:
     number: int = 1  # of attempts that it stands for: the first of them is `attempt`
     counts: dict[str, int] = field(default_factory=dict)
     counted_to: int = 0
+    held_until: float | None = None  # by an open breaker, later than its own delay
 
     def view(self) -> m.AttemptView:
         def at(value: float | None) -> object:
             return None if value is None else instant(value)
 
         data = {**self.__dict__, "error": error_view(self.error) if self.error else None}
-        del data["counted_to"]
+        del data["counted_to"], data["held_until"]
         for name in ("started_at", "ended_at", "retry_at"):
             data[name] = at(data[name])
         return m.AttemptView(**data)
@@ -117,6 +118,9 @@ class Track:
 
     def handed_back(self, event: ev.StepHandedBack) -> None:
         self.next_at = event.due_at
+        last = self.attempts[-1] if self.attempts else None
+        if self.scheduled.breaker and last is not None and event.due_at > max(event.at, last.retry_at or 0.0):
+            last.held_until = event.due_at
         self._go("retrying" if self.tries_failed else "waiting")
 
     def lost(self, event: ev.StepLost, epoch: int) -> None:
@@ -222,6 +226,11 @@ class Track:
         return next((a for a in reversed(self.fresh) if a.status == "failed" and not a.counts), None)
 
     @property
+    def held_until(self) -> float | None:
+        """Until when its breaker refuses the next attempt, where it was that which put the attempt off."""
+        return self.attempts[-1].held_until if self.open and self.attempts else None
+
+    @property
     def retrying(self) -> bool:
         return self.open and self.tries_failed > 0
 
@@ -301,7 +310,8 @@ def segments(track: Track, now: float) -> list[m.Segment]:
         kind: m.SegmentKind = attempt.status
         add(kind, start, max(start, end), attempt.attempt, open_=attempt.ended_at is None)
         cursor = max(start, end)
-        between, wait_until = ("waited", attempt.retry_at) if attempt.status == "failed" else ("queued", None)
+        wait_until = attempt.held_until or attempt.retry_at
+        between = "waited" if attempt.status == "failed" or attempt.held_until else "queued"
     if track.open and not (track.attempts and track.attempts[-1].status == "running"):
         gap(max(cursor, now), open_=True)
     return found

@@ -97,6 +97,7 @@ class ActiveRun:
         driver = Driver(flow, codec, limits=limits, rng=random.Random(), log=log.warning)
         self._driver, self._codec = driver, codec
         events, self._events = self._events, self._events[:1]
+        self._narrator.remember(events)
         now = time.time()
 
         def begin() -> None:

@@ -51,7 +51,7 @@ def ensure_ray(address: str | None, options: dict[str, Any] | None = None) -> bo
     try:
         ray.init(address=given, **settings)
     except ConnectionError as error:
-        raise _no_answer(source, given, error) from None
+        raise _no_answer(source, given, error, listens=given is not None) from None
     quiet_ray()
     return _is_ours()
 
@@ -67,7 +67,13 @@ def _check_answers(given: str, source: str) -> None:
         raise _no_answer(source, given, error) from None
 
 
-def _no_answer(source: str, given: str | None, error: Exception) -> ConfigurationError:
+def _no_answer(source: str, given: str | None, error: Exception, *, listens: bool = False) -> ConfigurationError:
+    if listens and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return ConfigurationError(
+            f"{source}={given!r}: no Ray cluster lets this process in ({_first_line(error)}). Nothing was started. "
+            "Where it demands a token (`ray start` does, once ~/.ray/auth_token is there) set RAY_AUTH_MODE=token. "
+            "Else start it, correct the address, or unset it for a local Ray"
+        )
     return ConfigurationError(
         f"{source}={given!r}: no Ray cluster answers there ({_first_line(error)}). Nothing was started. Start it, "
         "correct the address, or unset it for a local Ray"

@@ -209,7 +209,8 @@ def resume(controller: Dispatcher, run_id: str) -> str:
     if not resets:
         raise RunError(
             f"run {run_id!r} failed in the workflow's own code ({ended.error.type}: {ended.error.message}), not in a "
-            "step: there is no step to go on from. Start it anew under another run_id",
+            "step: there is no step to go on from. Correct the code, then start it anew: "
+            f"pyworkflow-ray runs rerun {run_id}",
             run_id=run_id,
         )
     enlist(controller, history.events, Assignment(run_id, cause="resume", resets=resets, after=history.epoch))

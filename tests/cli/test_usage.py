@@ -160,3 +160,22 @@ def test_an_url_of_no_object_store_is_a_usage_error_and_never_an_empty_storage(
         assert result.exit_code == 2
         assert "ftp://bucket/runs" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_breakers_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    from pyworkflow_ray.cli import breakers
+
+    breakers._print([], as_json=False)
+    assert capsys.readouterr().out.strip() == "no breakers"
+
+
+def test_a_cluster_that_listens_and_lets_nobody_in_is_not_called_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyworkflow_ray.runtime import embedded
+
+    error = ConnectionError("Failed to connect to Ray cluster at 10.0.0.7:6379")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    said = str(embedded._no_answer("RAY_ADDRESS", "10.0.0.7:6379", error, listens=True))
+    assert said.startswith("RAY_ADDRESS='10.0.0.7:6379': no Ray cluster lets this process in (Failed to connect")
+    assert "set RAY_AUTH_MODE=token" in said
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert "RAY_AUTH_MODE" not in str(embedded._no_answer("address", "10.0.0.7:6379", error, listens=True))

@@ -117,6 +117,18 @@ def test_level_is_the_taxonomys(kind: str, level: str | None, history: Make, mak
         assert (made.run, made.step, made.attempt, made.attributes) == ("order-42", "charge", 1, {"customer": "acme"})
 
 
+def test_step_of_an_earlier_activation_is_named_in_a_later_one(history: Make, caplog: Any) -> None:
+    run = history().activated(0).scheduled(0, "charge", max_retries=2)
+    narrator = Narrator(run.events[0], logging.getLogger("pyworkflow_ray.run"))
+    caplog.set_level(logging.INFO, "pyworkflow_ray.run")
+    narrator.remember(run.events)
+    assert not caplog.records
+    run.activated(5, 1, "wake").failed_attempt(6, "1", 1, 0.5)
+    narrator.tell(run.events[-1])
+    assert caplog.records[-1].getMessage().startswith("run order-42, step charge: attempt 1 failed")
+    assert caplog.records[-1].step == "charge"
+
+
 def test_step_retried_for_ever_does_not_fill_the_log(history: Make, caplog: Any) -> None:
     run = history().activated(0).scheduled(0, "poll", max_retries=None)
     for attempt in range(1, 1001):

@@ -99,6 +99,8 @@ def test_failure_of_the_body_is_not_blamed_on_a_step(history: Make, make_error: 
     view = at(run, 2)
     assert view.verdict == "failed in the workflow's own code"
     assert view.row.step is None
+    assert view.next == "nothing by itself; correct the code, then pyworkflow-ray runs rerun order-42 begins anew"
+    assert not [command for command in view.commands if "resume" in command]  # which would refuse it
 
 
 def test_resume_of_a_failed_run_begins_its_tries_anew(history: Make, make_error: Make) -> None:
@@ -132,6 +134,22 @@ def test_run_parked_for_a_far_retry_is_retrying(history: Make) -> None:
     view = at(run, 60)
     assert (view.status, view.state) == ("parked", "retrying")
     assert str(view.next).startswith("attempt 2 in 59m 1s")
+
+
+def test_attempt_that_an_open_breaker_puts_off_is_not_said_to_wait_for_its_own_delay(history: Make) -> None:
+    run = history().activated(0).scheduled(0, "pay", max_retries=3, retry_delay_s=0.25, breaker="payments")
+    run.failed_attempt(1, "1", 1, 0.25, reason="fixed")
+    assert str(at(run, 1.125).next).startswith("attempt 2 in 125ms (08:00:01) [fixed 250ms]")
+    run.add(1.5, ev.StepHandedBack(position="1", dispatch=1, due_at=START + 41)).add(
+        1.5, ev.RunParked(due_at=START + 41)
+    )
+    view = at(run, 21)
+    assert view.state == "retrying"
+    assert (
+        view.next == "attempt 2 in 20s (08:00:41), 2 more after it, then pay fails; breaker payments is open until then"
+    )
+    assert [(s.kind, s.end.second) for s in view.steps[0].segments][1:] == [("waited", 21)]
+    assert "open" not in str(at(run, 42).next)
 
 
 def test_parked_run_without_an_owner_does_not_promise_to_wake(history: Make) -> None:
