@@ -225,7 +225,8 @@ def examples() -> Iterator[tuple[str, str]]:
     for folder in ("pyworkflow_ray/demo", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    pages = set((ROOT / "docs").rglob("*.md")) - {ROOT / "docs/mistakes.md"}  # makes each on purpose: test_mistakes
+    for path in [ROOT / "README.md", *sorted(pages)]:
         for number, block in enumerate(re.findall(r"^```python\n(.*?)^```$", path.read_text("utf-8"), re.M | re.S)):
             yield f"{path.relative_to(ROOT)}, block {number}", block
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
