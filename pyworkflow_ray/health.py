@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -214,8 +215,13 @@ def _probe(root: str | os.PathLike[str], opened: _Asked[Any]) -> Any:
     parent = Path(root)
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigurationError(f"storage={str(root)!r} does not exist, and {parent} can't be written")
+    try:  # made and removed again: mode bits say nothing of read-only mounts and of file systems that take nothing
+        os.rmdir(tempfile.mkdtemp(prefix=".pyworkflow-ray-", dir=parent))
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigurationError(
+            f"storage={str(root)!r} does not exist, and can't be made in {parent}: {why}"
+        ) from error
     return None
 
 

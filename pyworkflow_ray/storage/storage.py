@@ -148,7 +148,8 @@ class Storage:
         try:
             content = cls._read_or_make(root, create, disk)
         except OSError as error:
-            raise disk_error("opening storage", root, error) from error
+            remedy = "Choose a directory that can be written: --storage, PYWORKFLOW_STORAGE"
+            raise disk_error("opening storage", root, error, remedy) from error
         version = content.get("format")
         if version != FORMAT_VERSION:
             raise StorageError(

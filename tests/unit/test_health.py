@@ -194,6 +194,15 @@ def test_a_storage_that_is_not_there_yet_is_no_fault_and_is_not_made(tmp_path: P
     assert found["storage"].why == "it does not exist yet: the first start makes it"
     assert found["controller"].status == "skipped"
     assert not (tmp_path / "a").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_where_no_storage_can_be_made_is_failing_whatever_its_mode_says() -> None:
+
+    found = examine(Path("/proc/none/storage"), "local", None)
+    assert found["storage"].status == "failing"
+    assert "storage='/proc/none/storage' does not exist, and can't be made in /proc: " in found["storage"].why
+    assert found["storage"].remedy is not None
 
 
 def test_a_damaged_storage_is_failing(tmp_path: Path) -> None:
