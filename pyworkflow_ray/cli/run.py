@@ -258,7 +258,8 @@ def resume(run_id: str, address: str | None, utc: bool, as_json: bool, storage_p
     reader = open_reader(storage_path, opt.zone(utc))
     view = reader.view(run_id)
     if view.status not in ("paused", "failed"):
-        note_line(f"{run_id} is {view.status}: nothing to resume")
+        orphaned = "" if view.ended_at is not None else ". If its Ray is gone, take it up: pyworkflow-ray recover"
+        note_line(f"{run_id} is {view.status}: nothing to resume{orphaned}")
         _print_view(reader, run_id, as_json)
         return 0
     with connected(storage_path, address) as pw:

@@ -98,6 +98,8 @@ def _ask(storage: StoragePort, sql: str) -> tuple[CheckedFiles | None, duckdb.Du
             _make_views(connection, wanted, live, compacted, files)
             connection.execute("; ".join(_LOCKS))
             return files, connection.sql(sql)
+    except duckdb.CatalogException as error:
+        raise ConfigurationError(f"sql: {error}\nThe views are {', '.join(TABLES)}") from None
     except duckdb.Error as error:
         raise ConfigurationError(f"sql: {error}") from None
 

@@ -157,3 +157,8 @@ def test_query_reaches_nothing_but_the_views(storage: Storage, tmp_path: Path, s
     with pytest.raises(ConfigurationError, match=r"^sql"):
         query(storage, sql.format(path=here)).fetchall()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt", "storage"]
+
+
+def test_an_unknown_table_is_told_with_the_views_that_there_are(storage: Storage) -> None:
+    with pytest.raises(ConfigurationError, match=r"(?s)nope.*The views are runs, events, steps, attempts$"):
+        query(storage, "select * from nope")
