@@ -50,6 +50,7 @@ log = logging.getLogger("pyworkflow_ray.run_actor")
 
 GROUPS = {"run": 1, "steps": 4, "control": 4}
 _PROGRESS_S = 0.05  # a batch that takes longer is reported on, and what has not begun is given back
+_TOLD_S = 5.0  # the controller may be gone: it will find the runs in the storage
 _IDLE_WAIT_S = 30.0
 
 
@@ -86,6 +87,7 @@ class RunActor:
         self._inbox: queue.SimpleQueue[tuple[str, BaseException | None] | None] = queue.SimpleQueue()
         self._me: Any = None
         self._controller: Any = None
+        self._told: Any = None  # the last `progress`
         self._exchange = Exchange(self._process.node, step_done=self._step_done, attend=self._attend)
         self._lost_on: dict[tuple[str, str], str] = {}  # run and position of a step to the node that it was lost on
         self._hosts = Hosts(
@@ -114,17 +116,24 @@ class RunActor:
                 self._reports = []
             self._caller = caller
             self._queue.extend(batch)
-            self._batch_began = time.monotonic() if batch else None
-        self._inbox.put(None)  # a batch has begun: the watch thread reports on it in time
+        begun = False
         while True:
             with self._lock:
                 if not self._queue or self._draining:
                     self._batch_began = None
-                    return list(self._reports)
+                    break
                 assignment = self._queue.popleft()
+                if not begun:  # not before: however slow this thread is, the first of a batch is never given back
+                    begun, self._batch_began = True, time.monotonic()
+                    self._inbox.put(None)  # the watch thread reports on it in time
             report = self._drive(assignment)
             with self._lock:
                 self._reports.append(report)
+        if self._told is not None:  # what was given back stands in that message only: it must come before this answer
+            ray.wait([self._told], timeout=_TOLD_S)
+            self._told = None
+        with self._lock:
+            return list(self._reports)
 
     @ray.method(concurrency_group="control")
     def ready(self) -> str:
@@ -473,7 +482,7 @@ class RunActor:
             if self._controller is None:
                 name = controller_name(self._spec.config.storage_id)
                 self._controller = ray.get_actor(name, namespace=NAMESPACE)
-            self._controller.progress.remote(self._spec.key, [*self._reports, *unstarted])
+            self._told = self._controller.progress.remote(self._spec.key, [*self._reports, *unstarted])
         except Exception as error:  # it restarts: it will find the runs in the storage
             log.debug("progress could not be reported: %s", error)
             self._controller = None
